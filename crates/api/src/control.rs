@@ -1,0 +1,412 @@
+//! Requests and answers of the control interface: HTTP/JSON over a UNIX socket.
+//!
+//! | method | path | body | answer |
+//! |---|---|---|---|
+//! | GET | `/v1/host` | | [`HostInfo`] |
+//! | GET | `/v1/vms` | | `[VmInfo]` |
+//! | POST | `/v1/vms` | [`RunVm`] | [`VmInfo`] |
+//! | POST | `/v1/vms/adopt` | [`AdoptVm`] | [`VmInfo`] |
+//! | GET | `/v1/vms/{name}` | | [`VmInfo`] |
+//! | POST | `/v1/vms/{name}/stop` | | [`VmInfo`] |
+//! | GET | `/v1/migrations` | | `[MigrationInfo]` |
+//! | POST | `/v1/migrations` | [`StartMigration`] | [`MigrationInfo`] |
+//! | GET | `/v1/migrations/{id}` | | [`MigrationInfo`] |
+//! | GET | `/v1/migrations/{id}/watch?after=N` | | [`MigrationInfo`], once its `revision` exceeds N or after 10 s |
+//! | POST | `/v1/migrations/{id}/abort` | | [`AbortAnswer`] |
+//! | POST | `/v1/migrations/{id}/resolve` | [`ResolveMigration`] | [`MigrationInfo`] |
+//! | POST | `/v1/doctor` | [`DoctorRequest`] | [`DoctorReport`] |
+//!
+//! An error is an [`ApiError`] with a 4xx or 5xx status. The observe socket serves `GET /metrics`
+//! (Prometheus text), `GET /v1/vms`, `GET /v1/migrations`, `GET /v1/events` (SSE of
+//! [`MigrationInfo`]) and nothing else.
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::vm_spec::VmSpec;
+
+/// Who is at fault and therefore what a script should do; decides the exit status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// A defect or a failing machine: exit status 1.
+    Internal,
+    /// The request makes no sense: exit status 2.
+    Usage,
+    /// No VM, migration or host of that name: exit status 2.
+    NotFound,
+    /// Refused by identity, attestation or policy: exit status 3.
+    Refused,
+    /// The VM or a host can't: exit status 4.
+    Blocked,
+    /// The migration ended and the VM runs on the source: exit status 5.
+    Aborted,
+    /// The migration's end is not known yet: exit status 6.
+    InDoubt,
+}
+
+impl ErrorKind {
+    /// Exit status of a command that ends with this error (DESIGN section 6).
+    pub fn exit_status(self) -> u8 {
+        match self {
+            Self::Internal => 1,
+            Self::Usage | Self::NotFound => 2,
+            Self::Refused => 3,
+            Self::Blocked => 4,
+            Self::Aborted => 5,
+            Self::InDoubt => 6,
+        }
+    }
+}
+
+/// An error as it crosses the control interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ApiError {
+    /// Who is at fault.
+    pub kind: ErrorKind,
+    /// What failed, one lowercase sentence without a full stop.
+    pub message: String,
+    /// Why, outermost first.
+    #[serde(default)]
+    pub causes: Vec<String>,
+    /// What to do about it.
+    #[serde(default)]
+    pub hint: Option<String>,
+    /// Every reason at once where there are several.
+    #[serde(default)]
+    pub blockers: Vec<Blocker>,
+}
+
+/// One reason why a migration cannot happen, and what to do about it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Blocker {
+    /// Where the reason lies.
+    pub side: Side,
+    /// Stable machine-readable code, for example `memory-short` or `ram-private`.
+    pub code: String,
+    /// What is wrong, one lowercase sentence.
+    pub message: String,
+    /// What to do about it, one sentence.
+    pub remedy: String,
+}
+
+/// One of the two hosts of a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Side {
+    /// The host that runs the VM.
+    Source,
+    /// The host that is to run it.
+    Destination,
+}
+
+/// This host, as its agent sees it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HostInfo {
+    /// Name in the host's certificate.
+    pub name: String,
+    /// SPIFFE ID of the host's certificate.
+    pub spiffe_id: String,
+    /// Version of the agent.
+    pub version: String,
+    /// Version of QEMU, where the binary answers.
+    pub qemu_version: Option<String>,
+    /// Kernel release.
+    pub kernel: String,
+    /// Memory of the host in bytes.
+    pub memory_total_bytes: u64,
+    /// Memory that could be given to a VM now, in bytes.
+    pub memory_available_bytes: u64,
+    /// Names of the hosts this one knows.
+    pub peers: Vec<String>,
+}
+
+/// `POST /v1/vms`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunVm {
+    /// What to run; paths are absolute.
+    pub spec: VmSpec,
+}
+
+/// `POST /v1/vms/adopt`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdoptVm {
+    /// Name the VM gets here.
+    pub name: String,
+    /// Process ID of the running QEMU.
+    pub pid: u32,
+    /// Path of a QMP UNIX socket of that QEMU that nobody else uses.
+    pub qmp: String,
+}
+
+/// What a VM does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum VmState {
+    /// Runs here.
+    Running,
+    /// Paused here, ours to resume.
+    Paused,
+    /// Paused here; a migration has committed or is in doubt, so it may not be resumed.
+    Held,
+    /// A container that waits for a VM to arrive.
+    Incoming,
+    /// The hypervisor ended.
+    Stopped,
+}
+
+/// One VM of this host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmInfo {
+    /// Name, unique on a host.
+    pub name: String,
+    /// Identity of the VM over all hosts.
+    pub uuid: Uuid,
+    /// Counts the owners the VM has had.
+    pub epoch: u64,
+    /// What it does.
+    pub state: VmState,
+    /// Process ID of its hypervisor.
+    pub pid: Option<u32>,
+    /// Guest RAM in bytes.
+    pub memory_bytes: u64,
+    /// Whether the hypervisor was adopted rather than started by the agent.
+    pub adopted: bool,
+    /// File with the guest's console, where there is one.
+    pub console: Option<String>,
+    /// The migration under way, where there is one.
+    pub migration: Option<Uuid>,
+}
+
+/// How the pages are moved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Strategy {
+    /// Chosen from the intent; pre-copy for now.
+    #[default]
+    Auto,
+    /// Pause, copy, resume: not yet.
+    StopAndCopy,
+    /// Copy while the VM runs, in rounds.
+    PreCopy,
+    /// Pre-copy that skips pages which are being rewritten: not yet.
+    Improved,
+    /// Resume first, fetch pages on fault: not yet.
+    PostCopy,
+    /// Pre-copy, then post-copy: not yet.
+    Hybrid,
+}
+
+/// `POST /v1/migrations`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StartMigration {
+    /// Name of the VM.
+    pub vm: String,
+    /// Name of the destination host.
+    pub to: String,
+    /// How the pages are moved.
+    #[serde(default)]
+    pub strategy: Strategy,
+    /// Longest pause aimed at, in milliseconds. Default 300.
+    #[serde(default)]
+    pub max_downtime_ms: Option<u64>,
+    /// Longest time for the whole migration before it is aborted, in milliseconds. Default 600 000.
+    #[serde(default)]
+    pub deadline_ms: Option<u64>,
+    /// Limit of what goes onto the wire, in bytes per second. Default: none.
+    #[serde(default)]
+    pub bandwidth_bytes_per_s: Option<u64>,
+    /// Number of data streams, 1 to 16. Default: 2.
+    #[serde(default)]
+    pub streams: Option<u16>,
+}
+
+/// How a migration ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Outcome {
+    /// The VM runs on the destination and nowhere else.
+    Completed,
+    /// The VM runs on the source and nowhere else.
+    RunningOnSource,
+    /// The source holds the VM paused until the destination's record is known.
+    InDoubt,
+}
+
+/// Where a migration is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Phase {
+    /// Versions, order and preflight.
+    Preparing,
+    /// The destination reserves memory and starts an empty container.
+    Reserving,
+    /// Rounds of pages while the VM runs.
+    PreCopy,
+    /// The VM is paused; last pages and device state.
+    Switchover,
+    /// The commit record is being made durable and sent.
+    Committing,
+    /// The end is unknown; the source redials.
+    InDoubt,
+    /// The source removes the VM.
+    Erasing,
+    /// Ended.
+    Done,
+}
+
+/// The pause, in parts that add up to about `downtime_ms`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Downtime {
+    /// Stopping the virtual CPUs.
+    pub pause_ms: f64,
+    /// Sending the pages written since the last round.
+    pub final_pages_ms: f64,
+    /// Saving, sending and loading the device state, up to the destination's `Ready`.
+    pub device_state_ms: f64,
+    /// Comparing the roots and making the commit record durable.
+    pub commit_ms: f64,
+    /// From the commit to the destination's `Running`.
+    pub resume_ms: f64,
+}
+
+/// A migration, under way or ended; also what `migrate --json` ends with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MigrationInfo {
+    /// Identity of the migration.
+    pub id: Uuid,
+    /// Name of the VM.
+    pub vm: String,
+    /// Identity of the VM.
+    pub vm_uuid: Uuid,
+    /// Source host.
+    pub from: String,
+    /// Destination host.
+    pub to: String,
+    /// Which side this agent is.
+    pub side: Side,
+    /// Where it is.
+    pub phase: Phase,
+    /// How it ended; absent while it runs.
+    pub outcome: Option<Outcome>,
+    /// Why it ended so, or what it waits for.
+    pub reason: Option<String>,
+    /// The error behind a migration that did not complete.
+    pub error: Option<ApiError>,
+    /// How the pages are moved.
+    pub strategy: Strategy,
+    /// Rounds so far, the first counted as 1.
+    pub rounds: u32,
+    /// From the order to the end, or so far.
+    pub total_time_ms: f64,
+    /// From the pause on the source to the answer `Running`; 0 before.
+    pub downtime_ms: f64,
+    /// The parts of `downtime_ms`.
+    pub downtime: Downtime,
+    /// Pause that a switchover now would take, in milliseconds.
+    pub predicted_downtime_ms: Option<f64>,
+    /// Bytes sent to the destination's sockets, encryption and framing included.
+    pub bytes_on_wire: u64,
+    /// Guest page bytes sent, before framing.
+    pub bytes_guest: u64,
+    /// Bytes of this round still to send.
+    pub bytes_remaining: u64,
+    /// Smoothed rate of guest bytes.
+    pub rate_bytes_per_s: u64,
+    /// Rate at which the guest writes pages.
+    pub dirty_rate_bytes_per_s: u64,
+    /// Share of the work done, 0 to 100, never less than said before.
+    pub percent: f64,
+    /// Pages sent with their contents.
+    pub pages_sent: u64,
+    /// Pages sent as "all zero".
+    pub pages_zero: u64,
+    /// Pages sent more than once.
+    pub pages_resent: u64,
+    /// Bytes of guest RAM.
+    pub ram_bytes: u64,
+    /// Data streams.
+    pub streams: u16,
+    /// Negotiated cipher suite.
+    pub cipher: Option<String>,
+    /// Negotiated key exchange.
+    pub key_exchange: Option<String>,
+    /// Root over the digests of all pages, lowercase hex.
+    pub memory_root: Option<String>,
+    /// Whether source and destination computed the same root.
+    pub verified: bool,
+    /// Epoch of the VM once this migration completes.
+    pub epoch: u64,
+    /// Grows with every change of this record.
+    pub revision: u64,
+}
+
+/// Answer to an abort: exactly one of three (DESIGN section 4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AbortOutcome {
+    /// The migration ended; the VM runs on the source.
+    RunningOnSource,
+    /// The commit record was durable already; the VM runs on the destination.
+    TooLateCommitted,
+    /// The commit record was durable already and the destination has not answered yet.
+    InDoubt,
+}
+
+/// `POST /v1/migrations/{id}/abort`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AbortAnswer {
+    /// What became of the VM.
+    pub outcome: AbortOutcome,
+    /// How to go on, where there is something to do.
+    pub hint: Option<String>,
+}
+
+/// `POST /v1/migrations/{id}/resolve`
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResolveMigration {
+    /// What the operator asserts, having looked at the destination; without it the agent asks the
+    /// destination's agent once more.
+    #[serde(default)]
+    pub assert: Option<OperatorAssertion>,
+}
+
+/// What an operator has verified by hand where the destination cannot answer any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OperatorAssertion {
+    /// The VM does not run on the destination and never will: take it back.
+    DestinationLostIt,
+    /// The VM runs on the destination: erase it here.
+    DestinationRunsIt,
+}
+
+/// `POST /v1/doctor`
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DoctorRequest {
+    /// Destination to check against.
+    #[serde(default)]
+    pub to: Option<String>,
+    /// VM to check.
+    #[serde(default)]
+    pub vm: Option<String>,
+}
+
+/// Every check made and every blocker found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DoctorReport {
+    /// What was looked at, and found good.
+    pub passed: Vec<String>,
+    /// What stands in the way.
+    pub blockers: Vec<Blocker>,
+}

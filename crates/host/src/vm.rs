@@ -1,0 +1,151 @@
+//! What the agent needs of a hypervisor: a VM on this host, its RAM and the pages it writes.
+//!
+//! The traits are as narrow as the migration needs, so that a fake VM in tests and another
+//! hypervisor later fit behind them. Implementations block; callers bring their own threads.
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::Error;
+
+/// Unit of tracking and transfer in bytes. Huge pages are tracked and sent as several of these.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// A contiguous piece of guest RAM backed by shared memory, in the hypervisor's order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Region {
+    /// Name of the RAM block, equal on both hosts (for QEMU the backend's object path or `id`).
+    pub name: String,
+    /// Bytes; a multiple of [`PAGE_SIZE`].
+    pub size_bytes: u64,
+}
+
+/// Guest RAM, seen from outside the hypervisor.
+pub trait GuestRam: Send + Sync {
+    /// All regions; indexes below refer to this order.
+    fn regions(&self) -> &[Region];
+
+    /// Byte ranges that hold data, page aligned and ascending; what lies between are holes, which
+    /// read as zeros and must not be read (reading through a mapping would fill them).
+    fn data_extents(&self, region: usize) -> Result<Vec<Range<u64>>, Error>;
+
+    /// Reads `buffer.len()` bytes at `offset`; never fills holes. The guest may write meanwhile: such a
+    /// page may be torn, and the next collection of the tracker names it again.
+    fn read(&self, region: usize, offset: u64, buffer: &mut [u8]) -> Result<(), Error>;
+
+    /// Writes at `offset`.
+    fn write(&self, region: usize, offset: u64, bytes: &[u8]) -> Result<(), Error>;
+
+    /// Makes the range read as zeros and gives its memory back.
+    fn discard(&self, region: usize, range: Range<u64>) -> Result<(), Error>;
+}
+
+/// Finds the pages written since the last collection. Dropping it ends the tracking.
+pub trait WriteTracker: Send {
+    /// Calls `sink(region, pages)` for every run of pages (in units of [`PAGE_SIZE`]) written since the
+    /// last call, and arms them again. The first call names every page of every region.
+    fn collect(&mut self, sink: &mut dyn FnMut(usize, Range<u64>)) -> Result<(), Error>;
+}
+
+/// What the hypervisor's virtual CPUs do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunState {
+    /// They run.
+    Running,
+    /// They stand still; memory and devices do not change.
+    Paused,
+    /// An empty container that waits for device state.
+    Incoming,
+    /// The guest ended (shut down, crashed); the process may still be there.
+    Ended,
+}
+
+/// How to find a hypervisor process again after the agent restarted. Storable.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Handle {
+    /// Process ID.
+    pub pid: u32,
+    /// Start time of the process in clock ticks since boot (`/proc/PID/stat` field 22): with the boot ID it
+    /// tells a reused process ID from the process we knew.
+    pub start_ticks: u64,
+    /// `/proc/sys/kernel/random/boot_id` when the handle was made.
+    pub boot_id: String,
+    /// QMP socket.
+    pub qmp: PathBuf,
+}
+
+/// What one host tells another so that it can build an equal, empty container. Crosses the wire inside the
+/// control channel; everything in it is hostile to the receiver until checked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Descriptor {
+    /// Kind of hypervisor: `qemu`.
+    pub hypervisor: String,
+    /// Its version, for example `7.2.22`.
+    pub version: String,
+    /// Machine type with its version, for example `pc-q35-7.2`.
+    pub machine: String,
+    /// Command line without the program, without what belongs to one host (monitors, sockets,
+    /// `-incoming`); directories of the VM are written `@VM_DIR@`.
+    pub arguments: Vec<String>,
+    /// RAM, in order.
+    pub regions: Vec<Region>,
+    /// CPU feature words of the first virtual CPU as (name, bits), where the hypervisor tells.
+    pub cpu_features: Vec<(String, u64)>,
+}
+
+/// Why a VM or host can't take part, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Obstacle {
+    /// Stable code: `ram-private`, `device-vhost-user`, `device-vfio`, `memory-short`, `qemu-version`, ...
+    pub code: String,
+    /// What is wrong, one lowercase sentence.
+    pub message: String,
+    /// What to do, one sentence.
+    pub remedy: String,
+}
+
+/// A VM on this host.
+pub trait Vm: Send + Sync {
+    /// How to find it again.
+    fn handle(&self) -> Handle;
+
+    /// Everything that keeps this VM from being migrated, all at once; empty when nothing does.
+    fn obstacles(&self) -> Result<Vec<Obstacle>, Error>;
+
+    /// What the destination needs to build a container.
+    fn describe(&self) -> Result<Descriptor, Error>;
+
+    /// Its RAM.
+    fn ram(&self) -> Result<Arc<dyn GuestRam>, Error>;
+
+    /// Starts tracking writes to its RAM.
+    fn track_writes(&self) -> Result<Box<dyn WriteTracker>, Error>;
+
+    /// What it does now.
+    fn run_state(&self) -> Result<RunState, Error>;
+
+    /// Stops the virtual CPUs; when this returns, memory and devices do not change any more.
+    fn pause(&self) -> Result<(), Error>;
+
+    /// Lets the virtual CPUs run, on a source after an abort (also after its state was saved) as on a
+    /// destination after its state was loaded.
+    fn resume(&self) -> Result<(), Error>;
+
+    /// Makes ready what `save_device_state` needs, so that the pause is shorter. Idempotent.
+    fn prepare_to_save(&self) -> Result<(), Error>;
+
+    /// State of CPUs and devices of a paused VM; `limit_bytes` bounds it.
+    fn save_device_state(&self, limit_bytes: u64) -> Result<Vec<u8>, Error>;
+
+    /// Loads the state into an incoming container; the VM stays paused. RAM must be complete before.
+    fn load_device_state(&self, state: &[u8]) -> Result<(), Error>;
+
+    /// Ends the hypervisor and waits for it, by force where it does not answer. Idempotent.
+    fn terminate(&self) -> Result<(), Error>;
+
+    /// Waits until the process has ended or the time is up; true if it has ended.
+    fn wait_ended(&self, timeout: std::time::Duration) -> bool;
+}

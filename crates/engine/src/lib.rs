@@ -1,1 +1,56 @@
-//! placeholder
+//! The migration protocol and its scheduling, without I/O.
+//!
+//! Two state machines, [`Source`] and [`Destination`], have the shape of `quinn-proto`: inputs come in
+//! through `handle_*` with the time as an argument, outputs are taken from [`Source::poll_action`] and
+//! [`Source::poll_timeout`]. A driver executes the actions and reports how each ended. Neither machine
+//! reads a clock, draws randomness, opens anything or touches a byte of guest memory: they decide which
+//! *ranges* move and who may run.
+//!
+//! The rule that everything here serves: **at most one copy of a VM runs**. The source may resume it
+//! until its commit record is durable; after that only a durable answer of the destination
+//! ([`Message::Running`], [`Message::Verdict`] or [`Message::Discarded`]) decides. A broken connection decides nothing.
+//!
+//! ```text
+//! source                                   destination
+//! Hello            ───────────────────▶
+//!                  ◀───────────────────    HelloReply
+//! Offer            ───────────────────▶    journal Reserved, start container
+//!                  ◀───────────────────    Accepted | Refused
+//! N data streams   ═══════════════════▶
+//!                  ◀───────────────────    StreamsReady
+//! rounds           ═══════════════════▶
+//!                  ◀───────────────────    RoundReceived
+//! pause; last round, device state  ═══▶
+//! Seal             ───────────────────▶    load
+//!                  ◀───────────────────    Ready(root)
+//! journal Committed
+//! Commit           ───────────────────▶    journal Owned, resume
+//!                  ◀───────────────────    Running
+//! journal Released, erase
+//! Erased           ───────────────────▶
+//! ```
+//!
+//! After a lost connection a source that has committed sends `Query` on a new one and gets a `Verdict`.
+#![forbid(unsafe_code)]
+
+pub mod convergence;
+pub mod destination;
+pub mod frame;
+pub mod ids;
+pub mod journal;
+pub mod message;
+pub mod order;
+pub mod pages;
+pub mod progress;
+pub mod source;
+pub mod time;
+
+pub use destination::{Destination, DestinationAction, DestinationConfig};
+pub use frame::{Frame, FrameError, HEADER_BYTES};
+pub use ids::{Epoch, MigrationId, Root, VmId};
+pub use journal::{DestinationRecord, SourceRecord};
+pub use message::{Message, MessageError};
+pub use order::Order;
+pub use pages::{PageSet, RamLayout};
+pub use source::{Source, SourceAction, SourceConfig};
+pub use time::Time;

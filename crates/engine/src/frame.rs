@@ -1,0 +1,268 @@
+//! Frames of the data streams.
+//!
+//! A stream is a sequence of frames, each a header of 48 bytes and a payload of known length:
+//!
+//! | bytes | field |
+//! |---|---|
+//! | 0 | kind: 1 pages, 2 end of round, 3 device state |
+//! | 1 | encoding of pages: 0 raw, 1 zero; for an end of round: 1 if it is the last |
+//! | 2..4 | region (little endian, as all that follows) |
+//! | 4..8 | block within the region; round; chunk of the device state |
+//! | 8..40 | mask of pages, bit 0 of byte 8 is the block's first page |
+//! | 40..44 | length of the payload |
+//! | 44..48 | reserved, 0 |
+//!
+//! Every field is checked against the VM's layout before a byte of payload is read.
+
+use crate::pages::{Block, PAGE_BYTES, RamLayout};
+
+/// Length of a frame's header.
+pub const HEADER_BYTES: usize = 48;
+/// Longest payload: a whole block.
+pub const PAYLOAD_MAX: usize = 1 << 20;
+
+const KIND_PAGES: u8 = 1;
+const KIND_ROUND_END: u8 = 2;
+const KIND_DEVICE_STATE: u8 = 3;
+
+/// A frame, without its payload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Frame {
+    /// The block's pages follow, in order.
+    Pages(Block),
+    /// The block's pages are all zeros; nothing follows.
+    Zero(Block),
+    /// This stream has sent all its pages of the round.
+    RoundEnd {
+        /// The round, the first is 1.
+        round: u32,
+        /// Whether no round follows.
+        last: bool,
+    },
+    /// A piece of the device state follows.
+    DeviceState {
+        /// Counts the pieces from 0.
+        chunk: u32,
+        /// Bytes of this piece, 1 to [`PAYLOAD_MAX`].
+        len: u32,
+    },
+}
+
+/// A header that breaks a rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// A kind this version does not know.
+    #[error("unknown kind of frame {0}")]
+    Kind(u8),
+    /// An encoding this version does not know, or not for this kind.
+    #[error("unknown encoding {0}")]
+    Encoding(u8),
+    /// Fields that must be zero are not.
+    #[error("reserved bits are set")]
+    Reserved,
+    /// The region does not exist.
+    #[error("region {0} does not exist")]
+    Region(u16),
+    /// The mask names pages behind the end of the region, or none.
+    #[error("mask of block {0} names no page or one outside the region")]
+    Mask(u32),
+    /// The payload's length is not what the other fields say.
+    #[error("payload of {0} bytes does not fit the frame")]
+    Length(u32),
+    /// Rounds count from 1.
+    #[error("round 0")]
+    Round,
+}
+
+impl Frame {
+    /// Bytes of payload behind the header.
+    pub fn payload_bytes(&self) -> usize {
+        match self {
+            Self::Pages(block) => block.len() as usize * PAGE_BYTES as usize,
+            Self::Zero(_) | Self::RoundEnd { .. } => 0,
+            Self::DeviceState { len, .. } => *len as usize,
+        }
+    }
+
+    /// The header as it goes onto the wire.
+    pub fn encode(&self) -> [u8; HEADER_BYTES] {
+        let mut header = [0; HEADER_BYTES];
+        let (kind, encoding, region, index, mask) = match *self {
+            Self::Pages(block) => (KIND_PAGES, 0, block.region, block.index, block.mask),
+            Self::Zero(block) => (KIND_PAGES, 1, block.region, block.index, block.mask),
+            Self::RoundEnd { round, last } => (KIND_ROUND_END, u8::from(last), 0, round, [0; 4]),
+            Self::DeviceState { chunk, .. } => (KIND_DEVICE_STATE, 0, 0, chunk, [0; 4]),
+        };
+        header[0] = kind;
+        header[1] = encoding;
+        header[2..4].copy_from_slice(&region.to_le_bytes());
+        header[4..8].copy_from_slice(&index.to_le_bytes());
+        for (bytes, word) in header[8..40].chunks_exact_mut(8).zip(mask) {
+            bytes.copy_from_slice(&word.to_le_bytes());
+        }
+        let len = u32::try_from(self.payload_bytes()).unwrap_or(u32::MAX);
+        header[40..44].copy_from_slice(&len.to_le_bytes());
+        header
+    }
+
+    /// Reads and checks a header.
+    ///
+    /// # Errors
+    ///
+    /// The field that breaks a rule; the stream must be closed.
+    pub fn decode(header: &[u8; HEADER_BYTES], layout: &RamLayout) -> Result<Self, FrameError> {
+        let [kind, encoding, r0, r1, i0, i1, i2, i3, rest @ ..] = *header;
+        let region = u16::from_le_bytes([r0, r1]);
+        let index = u32::from_le_bytes([i0, i1, i2, i3]);
+        let mut mask = [0_u64; 4];
+        for (word, bytes) in mask.iter_mut().zip(rest.chunks_exact(8)) {
+            *word = bytes
+                .iter()
+                .rev()
+                .fold(0, |word, &byte| word << 8 | u64::from(byte));
+        }
+        let [l0, l1, l2, l3, reserved @ ..] = [
+            rest[32], rest[33], rest[34], rest[35], rest[36], rest[37], rest[38], rest[39],
+        ];
+        let len = u32::from_le_bytes([l0, l1, l2, l3]);
+        if reserved != [0; 4] {
+            return Err(FrameError::Reserved);
+        }
+        let frame = match kind {
+            KIND_PAGES => {
+                let block = check_block(
+                    Block {
+                        region,
+                        index,
+                        mask,
+                    },
+                    layout,
+                )?;
+                match encoding {
+                    0 => Self::Pages(block),
+                    1 => Self::Zero(block),
+                    other => return Err(FrameError::Encoding(other)),
+                }
+            }
+            KIND_ROUND_END | KIND_DEVICE_STATE if region != 0 || mask != [0; 4] => {
+                return Err(FrameError::Reserved);
+            }
+            KIND_ROUND_END if index == 0 => return Err(FrameError::Round),
+            KIND_ROUND_END => match encoding {
+                0 | 1 => Self::RoundEnd {
+                    round: index,
+                    last: encoding == 1,
+                },
+                other => return Err(FrameError::Encoding(other)),
+            },
+            KIND_DEVICE_STATE if encoding != 0 => return Err(FrameError::Encoding(encoding)),
+            KIND_DEVICE_STATE if len == 0 || len as usize > PAYLOAD_MAX => {
+                return Err(FrameError::Length(len));
+            }
+            KIND_DEVICE_STATE => Self::DeviceState { chunk: index, len },
+            other => return Err(FrameError::Kind(other)),
+        };
+        if len as usize != frame.payload_bytes() {
+            return Err(FrameError::Length(len));
+        }
+        Ok(frame)
+    }
+}
+
+fn check_block(block: Block, layout: &RamLayout) -> Result<Block, FrameError> {
+    let pages = layout.pages(usize::from(block.region));
+    if pages == 0 {
+        return Err(FrameError::Region(block.region));
+    }
+    let highest = block
+        .mask
+        .iter()
+        .enumerate()
+        .rev()
+        .find(|(_, word)| **word != 0)
+        .map(|(index, word)| index as u64 * 64 + u64::from(63 - word.leading_zeros()));
+    match highest {
+        Some(highest) if block.first_page() + highest < pages => Ok(block),
+        _ => Err(FrameError::Mask(block.index)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn layout() -> RamLayout {
+        RamLayout::new(vec![1000, 3]).unwrap()
+    }
+
+    #[test]
+    fn pages_behind_the_end_of_the_region_are_refused() {
+        let block = Block {
+            region: 1,
+            index: 0,
+            mask: [0b1000, 0, 0, 0],
+        };
+        let header = Frame::Pages(block).encode();
+        assert_eq!(Frame::decode(&header, &layout()), Err(FrameError::Mask(0)));
+        let block = Block {
+            region: 0,
+            index: u32::MAX,
+            mask: [1, 0, 0, 0],
+        };
+        let header = Frame::Zero(block).encode();
+        assert_eq!(
+            Frame::decode(&header, &layout()),
+            Err(FrameError::Mask(u32::MAX))
+        );
+    }
+
+    #[test]
+    fn a_zero_frame_with_payload_is_refused() {
+        let mut header = Frame::Zero(Block {
+            region: 0,
+            index: 0,
+            mask: [1, 0, 0, 0],
+        })
+        .encode();
+        header[41] = 16;
+        assert_eq!(
+            Frame::decode(&header, &layout()),
+            Err(FrameError::Length(4096))
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_header_is_refused_or_encodes_to_itself(
+            mut bytes in prop::array::uniform32(any::<u8>()),
+            kind in 0u8..5,
+            encoding in 0u8..3,
+            small in any::<bool>(),
+        ) {
+            let mut header = [0; HEADER_BYTES];
+            if small {
+                bytes[2..].fill(0);
+            }
+            header[8..40].copy_from_slice(&bytes);
+            header[0] = kind;
+            header[1] = encoding;
+            header[4] = bytes[0] & 3;
+            let pages: u32 = bytes.iter().map(|byte| byte.count_ones()).sum();
+            if encoding == 0 && kind == KIND_PAGES {
+                header[40..44].copy_from_slice(&(pages * 4096).to_le_bytes());
+            }
+            if let Ok(frame) = Frame::decode(&header, &layout()) {
+                prop_assert_eq!(frame.encode(), header);
+                prop_assert!(frame.payload_bytes() <= PAYLOAD_MAX);
+            }
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), HEADER_BYTES)) {
+            let header: [u8; HEADER_BYTES] = bytes.try_into().unwrap();
+            let _ = Frame::decode(&header, &layout());
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! Records that must be durable before what follows them, and what a restarted agent does with them.
+//!
+//! The newest record of a migration alone decides how an agent that restarts goes on, see
+//! [`SourceRecord::recovery`] and [`DestinationRecord::recovery`].
+
+use minicbor::{Decode, Encode};
+
+use crate::ids::Epoch;
+use crate::message::{Reason, Verdict};
+use crate::order::Order;
+
+/// A record of the source.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum SourceRecord {
+    /// A migration begins; the VM is ours.
+    #[n(0)]
+    Ordered(#[n(0)] Order),
+    /// The VM is given away under this epoch. From here on only the destination's durable answer decides.
+    #[n(1)]
+    Committed(#[n(0)] Epoch),
+    /// The destination owns the VM durably; what is left here must go.
+    #[n(2)]
+    Released(#[n(0)] Epoch),
+    /// Nothing is left here.
+    #[n(3)]
+    Erased,
+    /// Ended before the commit; the VM is ours.
+    #[n(4)]
+    Aborted(#[n(0)] Reason),
+    /// Ended after the commit: the destination discarded it, the VM is ours again under this epoch.
+    #[n(5)]
+    TakenBack(#[n(0)] Epoch),
+}
+
+/// A record of the destination.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum DestinationRecord {
+    /// An order was accepted; a container may exist.
+    #[n(0)]
+    Reserved(#[n(0)] Order),
+    /// The VM is ours under this epoch.
+    #[n(1)]
+    Owned(#[n(0)] Epoch),
+    /// It was resumed here.
+    #[n(2)]
+    Activated,
+    /// Given up; the VM never ran here and never will.
+    #[n(3)]
+    Discarded(#[n(0)] Reason),
+}
+
+/// What a restarted source does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceRecovery {
+    /// Resume the VM if it is paused: the destination has discarded or will, it was never told to run.
+    Resume,
+    /// Keep the VM paused and ask the destination.
+    AskDestination(Epoch),
+    /// Remove what is left of the VM.
+    Erase,
+    /// Nothing to do.
+    Nothing,
+}
+
+/// What a restarted destination does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DestinationRecovery {
+    /// End the container and record that it was discarded.
+    Discard,
+    /// Resume the VM if it is paused: it is ours.
+    Activate(Epoch),
+    /// Nothing to do.
+    Nothing,
+}
+
+impl SourceRecord {
+    /// How a restarted agent goes on from the newest record.
+    pub fn recovery(&self) -> SourceRecovery {
+        match self {
+            Self::Ordered(_) => SourceRecovery::Resume,
+            Self::Committed(epoch) => SourceRecovery::AskDestination(*epoch),
+            Self::Released(_) => SourceRecovery::Erase,
+            Self::TakenBack(_) => SourceRecovery::Resume,
+            Self::Erased | Self::Aborted(_) => SourceRecovery::Nothing,
+        }
+    }
+}
+
+impl DestinationRecord {
+    /// How a restarted agent goes on from the newest record.
+    pub fn recovery(&self) -> DestinationRecovery {
+        match self {
+            Self::Reserved(_) => DestinationRecovery::Discard,
+            Self::Owned(epoch) => DestinationRecovery::Activate(*epoch),
+            Self::Activated | Self::Discarded(_) => DestinationRecovery::Nothing,
+        }
+    }
+}
+
+/// What a destination without a session for the migration answers a source in doubt; `records` are its
+/// durable records of that migration, oldest first. A migration that is only reserved has to be discarded
+/// (durably) by the caller before it is answered, and until then counts as undecided.
+pub fn verdict(records: &[DestinationRecord]) -> Verdict {
+    let owned = records.iter().rev().find_map(|record| match record {
+        DestinationRecord::Owned(epoch) => Some(*epoch),
+        _ => None,
+    });
+    match (records.last(), owned) {
+        // A discard after `Owned` means that the VM could not be resumed here and never ran.
+        (Some(DestinationRecord::Discarded(_)), _) => Verdict::Discarded,
+        (_, Some(epoch)) => Verdict::Owned(epoch),
+        (Some(_), None) => Verdict::Undecided,
+        (None, None) => Verdict::Unknown,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::order::tests::order;
+
+    #[test]
+    fn only_durable_records_of_the_destination_decide() {
+        let reserved = DestinationRecord::Reserved(order());
+        let owned = DestinationRecord::Owned(Epoch(5));
+        let discarded = DestinationRecord::Discarded(Reason::new("x", "y"));
+        assert_eq!(verdict(&[]), Verdict::Unknown);
+        assert_eq!(verdict(std::slice::from_ref(&reserved)), Verdict::Undecided);
+        assert_eq!(
+            verdict(&[reserved.clone(), owned.clone()]),
+            Verdict::Owned(Epoch(5))
+        );
+        assert_eq!(
+            verdict(&[
+                reserved.clone(),
+                owned.clone(),
+                DestinationRecord::Activated
+            ]),
+            Verdict::Owned(Epoch(5))
+        );
+        assert_eq!(
+            verdict(&[reserved.clone(), discarded.clone()]),
+            Verdict::Discarded
+        );
+        assert_eq!(verdict(&[reserved, owned, discarded]), Verdict::Discarded);
+    }
+
+    #[test]
+    fn a_source_that_committed_never_resumes_by_itself() {
+        assert_eq!(
+            SourceRecord::Committed(Epoch(2)).recovery(),
+            SourceRecovery::AskDestination(Epoch(2))
+        );
+        assert_eq!(
+            SourceRecord::Released(Epoch(2)).recovery(),
+            SourceRecovery::Erase
+        );
+        assert_eq!(
+            SourceRecord::Ordered(order()).recovery(),
+            SourceRecovery::Resume
+        );
+    }
+}

@@ -1,0 +1,168 @@
+//! What goes into a source and what comes out of it.
+
+use crate::convergence::Limits;
+use crate::ids::{Root, Sha256, StreamSecret};
+use crate::journal::SourceRecord;
+use crate::message::{Message, Reason, WireBlocker};
+use crate::order::Order;
+use crate::pages::PageSet;
+use crate::time::Timing;
+
+/// Names an action whose end the driver reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Op(pub u64);
+
+/// What a source is made of.
+#[derive(Clone, Debug)]
+pub struct SourceConfig {
+    /// Who moves what where.
+    pub order: Order,
+    /// What was asked for.
+    pub limits: Limits,
+    /// Deadlines.
+    pub timing: Timing,
+    /// Version of the software, told to the other side.
+    pub software: String,
+}
+
+/// What the driver has to do. Actions that concern the VM (`Pause`, `SaveDeviceState`, `Resume`, `Erase`) are
+/// executed one at a time and in order; so are journal records.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SourceAction {
+    /// Dial the destination; answer with [`Source::handle_connected`] or [`Source::handle_connection_lost`]
+    /// for this attempt.
+    Connect {
+        /// Names the connection in what is reported about it.
+        attempt: u32,
+    },
+    /// Send on the newest connection.
+    Send(Message),
+    /// Close the newest connection once what was sent before has left.
+    Disconnect,
+    /// Make durable, then report.
+    Journal(Op, SourceRecord),
+    /// Open the data streams, then report.
+    OpenStreams {
+        /// To report with.
+        op: Op,
+        /// Number of streams.
+        streams: u16,
+        /// For the proofs that open them.
+        secret: StreamSecret,
+    },
+    /// Start tracking writes, then report.
+    StartTracking(Op),
+    /// Collect the pages written since the last time, then report them. The first time: all pages that hold data.
+    Collect {
+        /// To report with.
+        op: Op,
+        /// Whether this is the first time.
+        first: bool,
+    },
+    /// Send these pages on the streams; behind the last of them mark the end of the round where asked to.
+    SendPages {
+        /// To report with.
+        op: Op,
+        /// The pages.
+        pages: PageSet,
+        /// The round they belong to.
+        round: u32,
+        /// What follows the pages.
+        then: RoundMark,
+    },
+    /// Stop the virtual CPUs, then report.
+    Pause(Op),
+    /// Save the device state, keep it, report its length and digest.
+    SaveDeviceState(Op),
+    /// Send the device state that was saved, then report.
+    SendDeviceState(Op),
+    /// Compute the root over the digests of what was sent, then report.
+    ComputeRoot(Op),
+    /// Stop sending pages and tracking writes; what was under way need not be reported any more.
+    StopCopying,
+    /// Let the VM run (or leave it paused where the order says so), then report.
+    Resume(Op),
+    /// Remove the VM from this host, then report.
+    Erase(Op),
+    /// Ended; nothing follows.
+    Finish(Ending),
+}
+
+/// What follows the pages of a [`SourceAction::SendPages`] on every stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RoundMark {
+    /// More pages of the same round.
+    None,
+    /// The end of the round.
+    End,
+    /// The end of the last round.
+    Last,
+}
+
+/// How an action ended well.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SourceDone {
+    /// Journal, streams, tracking, pages, device state sent, pause, resume, erase: just done.
+    Done,
+    /// The pages asked for.
+    Collected(PageSet),
+    /// The device state is saved.
+    DeviceState {
+        /// Its length.
+        bytes: u64,
+        /// Its digest.
+        sha256: Sha256,
+    },
+    /// The root asked for.
+    Root(Root),
+}
+
+/// How an action failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// What happened.
+    pub reason: Reason,
+    /// Whether the VM's hypervisor is gone.
+    pub vm_gone: bool,
+}
+
+/// How a migration ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Ending {
+    /// The VM runs on the destination.
+    Completed,
+    /// The VM runs on the source.
+    RunningOnSource(Reason, Vec<WireBlocker>),
+    /// The VM's hypervisor ended on the source, by no doing of the migration; it runs nowhere.
+    VmLost(Reason),
+}
+
+/// Answer to a wish to abort.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AbortDisposition {
+    /// On the way: wait for the ending.
+    Aborting,
+    /// The commit record is durable or may be.
+    TooLate,
+}
+
+/// Where a source is, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourcePhase {
+    /// Order, connection, greeting.
+    Preparing,
+    /// The destination makes a container.
+    Reserving,
+    /// Rounds.
+    PreCopy,
+    /// The VM is paused.
+    Switchover,
+    /// Commit record and `Running`.
+    Committing,
+    /// Asking the destination.
+    InDoubt,
+    /// Removing the VM here, or taking it back.
+    Finishing,
+    /// Ended.
+    Ended,
+}

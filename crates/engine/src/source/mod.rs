@@ -1,0 +1,701 @@
+//! The source: owns the VM until its commit record is durable.
+//!
+//! ```text
+//! Ordering ─▶ Connecting ─▶ Greeting ─▶ Offering ─▶ OpeningStreams ─▶ Arming
+//!    ─▶ Collecting ⇄ Sending ─▶ Pausing ─▶ Draining ─▶ Sealing ─▶ AwaitReady
+//!    ─▶ Committing ═▶ AwaitRunning ─▶ Releasing ─▶ Erasing ─▶ Closing ─▶ Ended
+//!                          │  ▲
+//!                          ▼  │ verdict
+//!                        InDoubt ─▶ TakingBack ─▶ Resuming ─▶ Ended
+//! any state left of ═▶ :  Resuming ─▶ RecordingAbort ─▶ Ended(running on the source)
+//! ```
+//!
+//! Left of `═▶` the VM may be resumed at any time; right of it only the destination's durable answer decides.
+
+mod action;
+mod state;
+mod steps;
+mod turn_back;
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+pub use self::action::{
+    AbortDisposition, Ending, Failure, Op, RoundMark, SourceAction, SourceConfig, SourceDone,
+    SourcePhase,
+};
+use self::state::{AfterResume, Doubt, Draining, DrainingPages, State};
+use crate::ids::{Epoch, Root};
+use crate::journal::{SourceRecord, SourceRecovery};
+use crate::message::{Hello, Message, Offer, Query, Reason, VERSIONS, Verdict, WireBlocker};
+use crate::order::Order;
+use crate::pages::PageSet;
+use crate::progress::{Progress, SentCounters};
+use crate::time::{Liveness, Pulse, Time};
+
+/// Most attempts to resume a VM that stays paused.
+const RESUME_ATTEMPTS: u32 = 5;
+
+/// The state machine of a source, see the [module](self).
+#[derive(Debug)]
+pub struct Source {
+    config: SourceConfig,
+    offer: Option<Offer>,
+    state: State,
+    actions: VecDeque<SourceAction>,
+    next_op: u64,
+    attempt: u32,
+    redials: u32,
+    live: Option<Liveness>,
+    deadline: Option<Time>,
+    round_acknowledged: u32,
+    touched: PageSetOnce,
+    reason: Option<Reason>,
+    blockers: Vec<WireBlocker>,
+    vm_may_be_paused: bool,
+    vm_gone: bool,
+    root: Option<Root>,
+    mark: Time,
+    progress: Progress,
+}
+
+/// Pages sent at least once, to count what is sent again.
+type PageSetOnce = Option<PageSet>;
+
+impl Source {
+    /// Begins a migration.
+    pub fn new(now: Time, config: SourceConfig, offer: Offer) -> Self {
+        let mut source = Self::at(now, config, Some(offer));
+        let record = SourceRecord::Ordered(source.config.order.clone());
+        let op = source.journal(record);
+        source.state = State::Ordering(op);
+        source
+    }
+
+    /// Goes on after a restart of the agent, from the newest durable record. The VM may be paused.
+    pub fn recover(now: Time, config: SourceConfig, record: &SourceRecord) -> Self {
+        let mut source = Self::at(now, config, None);
+        let restarted = Reason::new("agent-restarted", "the agent of the source was restarted");
+        match record.recovery() {
+            SourceRecovery::Resume => {
+                source.vm_may_be_paused = true;
+                let after = match record {
+                    SourceRecord::TakenBack(_) => AfterResume::Finish,
+                    _ => AfterResume::RecordAbort,
+                };
+                source.reason = Some(restarted);
+                source.resume(after);
+            }
+            SourceRecovery::AskDestination(_) => {
+                source.reason = Some(restarted);
+                source.state = State::InDoubt(Doubt::Waiting);
+                source.deadline = Some(now);
+            }
+            SourceRecovery::Erase => source.erase(),
+            SourceRecovery::Nothing => source.state = State::Ended,
+        }
+        source
+    }
+
+    fn at(now: Time, config: SourceConfig, offer: Option<Offer>) -> Self {
+        Self {
+            config,
+            offer,
+            state: State::Ended,
+            actions: VecDeque::new(),
+            next_op: 0,
+            attempt: 0,
+            redials: 0,
+            live: None,
+            deadline: None,
+            round_acknowledged: 0,
+            touched: None,
+            reason: None,
+            blockers: Vec::new(),
+            vm_may_be_paused: false,
+            vm_gone: false,
+            root: None,
+            mark: now,
+            progress: Progress::new(now),
+        }
+    }
+
+    /// The order.
+    pub fn order(&self) -> &Order {
+        &self.config.order
+    }
+
+    /// Epoch under which the destination will own the VM.
+    pub fn commit_epoch(&self) -> Epoch {
+        self.config.order.epoch.next()
+    }
+
+    /// Epoch under which the source owns a VM that it took back after its commit.
+    pub fn taken_back_epoch(&self) -> Epoch {
+        self.commit_epoch().next()
+    }
+
+    /// Why the migration ends as it does, or what it waits for.
+    pub fn reason(&self) -> Option<&Reason> {
+        self.reason.as_ref()
+    }
+
+    /// The root, once the destination has confirmed it.
+    pub fn verified_root(&self) -> Option<Root> {
+        self.root
+    }
+
+    /// Progress so far.
+    pub fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// Whether the source still may resume the VM on its own decision.
+    pub fn may_turn_back(&self) -> bool {
+        !matches!(
+            self.state,
+            State::Committing(_)
+                | State::AwaitRunning
+                | State::InDoubt(_)
+                | State::Releasing(_)
+                | State::Erasing { .. }
+                | State::Closing(_)
+                | State::TakingBack(_)
+                | State::Ended
+        )
+    }
+
+    /// Where it is.
+    pub fn phase(&self) -> SourcePhase {
+        match self.state {
+            State::Ordering(_) | State::Connecting | State::Greeting => SourcePhase::Preparing,
+            State::Offering | State::OpeningStreams { .. } => SourcePhase::Reserving,
+            State::Arming(_) | State::Collecting(_) | State::Sending(_) => SourcePhase::PreCopy,
+            State::Pausing { .. }
+            | State::Draining(_)
+            | State::Sealing { .. }
+            | State::AwaitReady { .. } => SourcePhase::Switchover,
+            State::Committing(_) | State::AwaitRunning => SourcePhase::Committing,
+            State::InDoubt(_) => SourcePhase::InDoubt,
+            State::Releasing(_)
+            | State::Erasing { .. }
+            | State::Closing(_)
+            | State::TakingBack(_)
+            | State::Resuming { .. }
+            | State::RecordingAbort { .. } => SourcePhase::Finishing,
+            State::Ended => SourcePhase::Ended,
+        }
+    }
+
+    /// The next action, until there is none.
+    pub fn poll_action(&mut self) -> Option<SourceAction> {
+        self.actions.pop_front()
+    }
+
+    /// When [`Source::handle_timeout`] wants to be called.
+    pub fn poll_timeout(&self) -> Option<Time> {
+        if matches!(self.state, State::Ended) {
+            return None;
+        }
+        let live = self.live.as_ref().map(Liveness::next);
+        let overall = self
+            .copying()
+            .then(|| self.progress.began + self.config.limits.deadline);
+        [self.deadline, live, overall].into_iter().flatten().min()
+    }
+
+    /// Time has passed.
+    pub fn handle_timeout(&mut self, now: Time) {
+        if let Some(live) = self.live {
+            match live.pulse(now) {
+                Pulse::Quiet => {}
+                Pulse::Ping => self.send(now, Message::Ping),
+                Pulse::Lost => {
+                    let reason =
+                        Reason::new("peer-silent", "the destination has not been heard any more");
+                    self.connection_lost(now, reason);
+                }
+            }
+        }
+        if self.copying() && now >= self.progress.began + self.config.limits.deadline {
+            return self.abort(now, self.why_not_done());
+        }
+        if self.deadline.is_some_and(|deadline| now >= deadline) {
+            self.deadline = None;
+            self.deadline_passed(now);
+        }
+    }
+
+    fn deadline_passed(&mut self, now: Time) {
+        let may_turn_back = self.may_turn_back();
+        match &mut self.state {
+            State::Resuming { op, .. } if op.is_none() => {
+                let again = Op(self.next_op);
+                self.next_op += 1;
+                *op = Some(again);
+                self.actions.push_back(SourceAction::Resume(again));
+            }
+            State::InDoubt(Doubt::Waiting) => self.dial(now),
+            State::InDoubt(_) => {
+                let reason = Reason::new("peer-silent", "the destination does not answer");
+                self.connection_lost(now, reason);
+            }
+            _ if may_turn_back => {
+                let what = match self.state {
+                    State::Connecting => "the destination could not be reached in time",
+                    State::Greeting => "the destination's agent did not answer the greeting",
+                    State::Offering => "the destination did not answer the offer in time",
+                    State::OpeningStreams { .. } => "the data streams did not open in time",
+                    _ => "the switchover took too long",
+                };
+                self.abort(now, Reason::new("timeout", what));
+            }
+            _ => {}
+        }
+    }
+
+    /// The operator or the driver wants to end the migration.
+    pub fn handle_abort(&mut self, now: Time, reason: Reason) -> AbortDisposition {
+        if matches!(
+            self.state,
+            State::Resuming { .. } | State::RecordingAbort { .. }
+        ) {
+            return AbortDisposition::Aborting;
+        }
+        if !self.may_turn_back() {
+            return AbortDisposition::TooLate;
+        }
+        self.abort(now, reason);
+        AbortDisposition::Aborting
+    }
+
+    /// The VM's hypervisor ended by itself.
+    pub fn handle_vm_gone(&mut self, now: Time) {
+        self.vm_gone = true;
+        if self.may_turn_back() {
+            let reason = Reason::new("vm-ended", "the VM's hypervisor ended on the source");
+            self.abort(now, reason);
+        }
+    }
+
+    /// What the streams have sent so far, over the whole migration.
+    pub fn handle_sent(&mut self, sent: SentCounters) {
+        self.progress.sent(sent);
+    }
+
+    /// The connection of this attempt stands; the other end is the destination the order names.
+    pub fn handle_connected(&mut self, now: Time, attempt: u32) {
+        if attempt != self.attempt {
+            return;
+        }
+        let hello = Message::Hello(Hello::ours(&self.config.software));
+        match self.state {
+            State::Connecting => self.state = State::Greeting,
+            State::InDoubt(Doubt::Dialling) => self.state = State::InDoubt(Doubt::Greeting),
+            _ => return,
+        }
+        self.live = Some(Liveness::new(now, self.config.timing.silence));
+        self.deadline = Some(now + self.config.timing.handshake);
+        self.send(now, hello);
+    }
+
+    /// The connection of this attempt could not be made or is lost.
+    pub fn handle_connection_lost(&mut self, now: Time, attempt: u32, reason: Reason) {
+        if attempt == self.attempt {
+            self.connection_lost(now, reason);
+        }
+    }
+
+    fn connection_lost(&mut self, now: Time, reason: Reason) {
+        self.live = None;
+        match self.state {
+            State::AwaitRunning | State::InDoubt(_) => self.doubt(now, reason),
+            // The record is on its way to the disk: when it is there we are in doubt.
+            State::Committing(_) => self.reason = Some(reason),
+            _ if self.may_turn_back() => self.abort(now, reason),
+            _ => {}
+        }
+    }
+
+    /// A message arrived on the connection of this attempt.
+    pub fn handle_message(&mut self, now: Time, attempt: u32, message: Message) {
+        if attempt != self.attempt {
+            return;
+        }
+        if let Some(live) = &mut self.live {
+            live.heard(now);
+        }
+        let may_turn_back = self.may_turn_back();
+        let turning_back = self.turning_back();
+        match (&mut self.state, message) {
+            (_, Message::Ping) | (State::Ended, _) => {}
+            (State::Greeting, Message::HelloReply(reply)) => {
+                if !reply
+                    .version
+                    .is_some_and(|version| VERSIONS.contains(&version))
+                {
+                    let reason = Reason::new(
+                        "protocol-version",
+                        format!(
+                            "no common version of the protocol: the destination (palanquin {}) speaks \
+                             {:?}, this host {VERSIONS:?}",
+                            reply.software, reply.versions
+                        ),
+                    );
+                    return self.abort(now, reason);
+                }
+                let Some(offer) = self.offer.clone() else {
+                    return;
+                };
+                self.state = State::Offering;
+                self.deadline = Some(now + self.config.timing.reservation);
+                self.send(now, Message::Offer(offer));
+            }
+            (State::Offering, Message::Refused(refused)) => {
+                let code = if refused.by_gate {
+                    "refused"
+                } else {
+                    "blocked"
+                };
+                self.blockers = refused.blockers;
+                let reason = Reason::new(code, "the destination does not take the VM");
+                self.abort(now, reason);
+            }
+            (State::Offering, Message::Accepted(accepted)) => {
+                let wanted = self.offer.as_ref().map_or(0, |offer| offer.streams);
+                if accepted.streams > wanted {
+                    return self.misbehaved(now, "it accepted more streams than were offered");
+                }
+                let op = self.op();
+                self.state = State::OpeningStreams {
+                    op,
+                    opened: false,
+                    ready: false,
+                };
+                self.deadline = Some(now + self.config.timing.handshake);
+                self.actions.push_back(SourceAction::OpenStreams {
+                    op,
+                    streams: accepted.streams,
+                    secret: accepted.stream_secret,
+                });
+            }
+            (State::OpeningStreams { ready, opened, .. }, Message::StreamsReady) => {
+                *ready = true;
+                if *opened {
+                    self.arm();
+                }
+            }
+            (
+                State::Collecting(_)
+                | State::Sending(_)
+                | State::Pausing { .. }
+                | State::Draining(_)
+                | State::Sealing { .. }
+                | State::AwaitReady { .. },
+                Message::RoundReceived(round),
+            ) => {
+                if round != self.round_acknowledged + 1 || round > self.progress.rounds {
+                    return self.misbehaved(now, "it acknowledged a round that was not sent");
+                }
+                self.round_acknowledged = round;
+                if matches!(self.state, State::Sending(None)) {
+                    self.collect(false);
+                }
+            }
+            (State::AwaitReady { theirs, .. }, Message::Ready(root)) if theirs.is_none() => {
+                *theirs = Some(root);
+                self.progress.downtime.device_state = now - self.mark;
+                self.mark = now;
+                self.compare(now);
+            }
+            (State::AwaitRunning | State::InDoubt(_), Message::Running(epoch))
+                if epoch == self.config.order.epoch.next() =>
+            {
+                self.progress.downtime.resume = now - self.mark;
+                self.release(epoch);
+            }
+            (State::AwaitRunning | State::InDoubt(_), Message::Discarded(reason)) => {
+                self.reason = Some(reason);
+                self.take_back();
+            }
+            (State::AwaitRunning, Message::Verdict(Verdict::Owned(epoch)))
+                if epoch == self.config.order.epoch.next() =>
+            {
+                self.reason = Some(Reason::new(
+                    "vm-ended-on-destination",
+                    "the destination owns the VM, but its hypervisor ended there",
+                ));
+                self.release(epoch);
+            }
+            (State::InDoubt(doubt @ Doubt::Greeting), Message::HelloReply(reply))
+                if reply.version.is_some() =>
+            {
+                *doubt = Doubt::Asked;
+                let Order { migration, vm, .. } = self.config.order;
+                self.deadline = Some(now + self.config.timing.handshake);
+                self.send(now, Message::Query(Query { migration, vm }));
+            }
+            (State::InDoubt(Doubt::Asked), Message::Verdict(verdict)) => self.judged(now, verdict),
+            (_, Message::Discarded(reason) | Message::Abort(reason)) if may_turn_back => {
+                self.abort(now, reason);
+            }
+            // What arrives late, after we have turned back, says nothing any more.
+            (_, message) if may_turn_back && !turning_back => {
+                let what = format!("it sent {} out of turn", message.name());
+                self.misbehaved(now, &what);
+            }
+            _ => {}
+        }
+    }
+
+    /// An action ended.
+    pub fn handle_done(&mut self, now: Time, op: Op, result: Result<SourceDone, Failure>) {
+        match result {
+            Ok(done) => self.done(now, op, done),
+            Err(failure) => self.failed(now, op, failure),
+        }
+    }
+
+    fn done(&mut self, now: Time, op: Op, done: SourceDone) {
+        match (&mut self.state, done) {
+            (State::Ordering(expected), SourceDone::Done) if *expected == op => {
+                self.state = State::Connecting;
+                self.deadline = Some(now + self.config.timing.handshake);
+                self.attempt += 1;
+                self.actions.push_back(SourceAction::Connect {
+                    attempt: self.attempt,
+                });
+            }
+            (
+                State::OpeningStreams {
+                    op: expected,
+                    opened,
+                    ready,
+                },
+                SourceDone::Done,
+            ) if *expected == op => {
+                *opened = true;
+                if *ready {
+                    self.arm();
+                }
+            }
+            (State::Arming(expected), SourceDone::Done) if *expected == op => self.collect(true),
+            (State::Collecting(expected), SourceDone::Collected(pages)) if *expected == op => {
+                self.collected(now, pages);
+            }
+            (State::Sending(expected), SourceDone::Done) if *expected == Some(op) => {
+                *expected = None;
+                // A round counts when it has arrived: what lies in socket buffers would lengthen the pause and
+                // make the path look faster than it is.
+                if self.round_acknowledged == self.progress.rounds {
+                    self.collect(false);
+                }
+            }
+            (State::Pausing { op: expected, .. }, SourceDone::Done) if *expected == op => {
+                self.paused(now);
+            }
+            (State::Draining(_), done) => self.drained(now, op, done),
+            (State::Sealing { send, .. }, SourceDone::Done) if *send == Some(op) => {
+                *send = None;
+                self.sealed(now);
+            }
+            (State::Sealing { root_op, root, .. }, SourceDone::Root(computed))
+                if *root_op == op =>
+            {
+                *root = Some(computed);
+            }
+            (State::AwaitReady { root_op, root, .. }, SourceDone::Root(computed))
+                if *root_op == op =>
+            {
+                *root = Some(computed);
+                self.compare(now);
+            }
+            (State::Committing(expected), SourceDone::Done) if *expected == op => {
+                self.progress.downtime.commit = now - self.mark;
+                self.mark = now;
+                self.committed(now);
+            }
+            (State::Releasing(expected), SourceDone::Done) if *expected == op => {
+                self.erase();
+            }
+            (State::Erasing { op: expected }, SourceDone::Done) if *expected == op => {
+                let op = self.journal(SourceRecord::Erased);
+                self.state = State::Closing(op);
+            }
+            (State::Closing(expected), SourceDone::Done) if *expected == op => {
+                self.progress.complete();
+                self.send(now, Message::Erased);
+                self.finish(Ending::Completed);
+            }
+            (State::TakingBack(expected), SourceDone::Done) if *expected == op => {
+                self.resume(AfterResume::Finish);
+            }
+            (
+                State::Resuming {
+                    op: expected,
+                    after,
+                    ..
+                },
+                SourceDone::Done,
+            ) if *expected == Some(op) => {
+                let after = *after;
+                self.vm_may_be_paused = false;
+                self.resumed(after);
+            }
+            (State::RecordingAbort { op: expected }, SourceDone::Done) if *expected == op => {
+                self.end_on_source();
+            }
+            // Late reports of what was given up.
+            _ => {}
+        }
+    }
+
+    fn failed(&mut self, now: Time, op: Op, failure: Failure) {
+        let concerns_us = self.may_turn_back() && self.is_current(op);
+        self.vm_gone |= failure.vm_gone;
+        match &mut self.state {
+            State::Committing(expected) if *expected == op => {
+                // Whether the record is on the disk is unknown, but it was never sent, so the destination
+                // will discard: the VM is ours.
+                self.reason = Some(failure.reason);
+                let message = "the commit record could not be written on the source";
+                self.turn_back(now, Reason::new("journal", message));
+            }
+            State::Resuming {
+                op: expected,
+                attempts,
+                after,
+            } if *expected == Some(op) => {
+                *expected = None;
+                *attempts += 1;
+                let (attempts, after) = (*attempts, *after);
+                if failure.vm_gone || attempts >= RESUME_ATTEMPTS {
+                    self.reason = Some(failure.reason);
+                    self.vm_gone = true;
+                    self.resumed(after);
+                } else {
+                    self.deadline = Some(now + Duration::from_secs(1));
+                }
+            }
+            State::RecordingAbort { op: expected } if *expected == op => self.end_on_source(),
+            // The VM is the destination's; that is durable there. What could not be recorded or removed here
+            // is told and tried again when the agent restarts.
+            State::Releasing(expected) | State::Erasing { op: expected } if *expected == op => {
+                self.reason = Some(failure.reason);
+                self.finish(Ending::Completed);
+            }
+            State::Closing(expected) if *expected == op => self.finish(Ending::Completed),
+            State::TakingBack(expected) if *expected == op => {
+                self.reason = Some(failure.reason);
+                self.resume(AfterResume::Finish);
+            }
+            _ if concerns_us => self.abort(now, failure.reason),
+            _ => {}
+        }
+    }
+
+    /// The operator has looked at the destination and says what became of the VM.
+    pub fn handle_operator_verdict(&mut self, now: Time, verdict: Verdict) {
+        if matches!(self.state, State::InDoubt(_)) {
+            self.judged(now, verdict);
+        }
+    }
+
+    /// Dial at once instead of waiting for the next attempt.
+    pub fn handle_redial(&mut self, now: Time) {
+        if matches!(self.state, State::InDoubt(Doubt::Waiting)) {
+            self.dial(now);
+        }
+    }
+
+    // Small things.
+
+    fn reason_or_unknown(&self) -> Reason {
+        self.reason
+            .clone()
+            .unwrap_or_else(|| Reason::new("unknown", "no reason was recorded"))
+    }
+
+    fn why_not_done(&self) -> Reason {
+        let predictor = &self.progress.predictor;
+        Reason::new(
+            "not-converging",
+            format!(
+                "not done after {} rounds and the time allowed: the guest writes {} MiB/s, {} MiB/s are \
+                 moved, a switchover would pause it for about {} ms",
+                self.progress.rounds,
+                predictor.dirty_rate_bytes_per_s() >> 20,
+                predictor.rate_bytes_per_s() >> 20,
+                self.progress
+                    .predicted_downtime
+                    .unwrap_or_default()
+                    .as_millis(),
+            ),
+        )
+    }
+
+    fn turning_back(&self) -> bool {
+        matches!(
+            self.state,
+            State::Resuming { .. } | State::RecordingAbort { .. }
+        )
+    }
+
+    /// Whether the overall deadline counts: a VM that is paused already is better finished.
+    fn copying(&self) -> bool {
+        matches!(
+            self.state,
+            State::Connecting
+                | State::Greeting
+                | State::Offering
+                | State::OpeningStreams { .. }
+                | State::Arming(_)
+                | State::Collecting(_)
+                | State::Sending(_)
+        )
+    }
+
+    /// Whether a report of this action concerns the present state.
+    fn is_current(&self, op: Op) -> bool {
+        match &self.state {
+            State::Ordering(expected)
+            | State::OpeningStreams { op: expected, .. }
+            | State::Arming(expected)
+            | State::Collecting(expected)
+            | State::Pausing { op: expected, .. } => *expected == op,
+            State::Sending(expected) => *expected == Some(op),
+            State::Draining(draining) => {
+                draining.save == Some(op)
+                    || match &draining.pages {
+                        DrainingPages::Collecting { op: expected, .. }
+                        | DrainingPages::Sending(expected)
+                        | DrainingPages::Rechecking(expected)
+                        | DrainingPages::Last(expected) => *expected == op,
+                        DrainingPages::Sent => false,
+                    }
+            }
+            State::Sealing { send, root_op, .. } => *send == Some(op) || *root_op == op,
+            State::AwaitReady { root_op, .. } => *root_op == op,
+            _ => false,
+        }
+    }
+
+    fn op(&mut self) -> Op {
+        let op = Op(self.next_op);
+        self.next_op += 1;
+        op
+    }
+
+    fn journal(&mut self, record: SourceRecord) -> Op {
+        let op = self.op();
+        self.actions.push_back(SourceAction::Journal(op, record));
+        op
+    }
+
+    fn send(&mut self, now: Time, message: Message) {
+        if let Some(live) = &mut self.live {
+            live.spoke(now);
+            self.actions.push_back(SourceAction::Send(message));
+        }
+    }
+}

@@ -236,6 +236,8 @@ pub enum Outcome {
     Completed,
     /// The VM runs on the source and nowhere else.
     RunningOnSource,
+    /// The hypervisor ended on the source by itself; the VM runs nowhere.
+    VmEnded,
     /// The source holds the VM paused until the destination's record is known.
     InDoubt,
 }

@@ -1,5 +1,17 @@
 //! This machine, as Palanquin uses it: QEMU, guest memory, write tracking.
 //!
-//! The only crate with `unsafe` code; each block says why it is sound. It depends on nothing of ours.
+//! The only crate with `unsafe` code, all of it in `sys`; each block says why it is sound. It depends on nothing
+//! of ours.
+#![expect(
+    clippy::missing_errors_doc,
+    reason = "the traits' methods fail with `Error`, which says how"
+)]
 
+mod error;
+pub mod facts;
+mod process;
+pub mod qemu;
+mod sys;
 pub mod vm;
+
+pub use error::Error;

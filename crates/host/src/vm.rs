@@ -4,7 +4,7 @@
 //! hypervisor later fit behind them. Implementations block; callers bring their own threads.
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -148,4 +148,109 @@ pub trait Vm: Send + Sync {
 
     /// Waits until the process has ended or the time is up; true if it has ended.
     fn wait_ended(&self, timeout: std::time::Duration) -> bool;
+}
+
+/// A VM to be started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Machine {
+    /// Name, as the hypervisor shows it.
+    pub name: String,
+    /// Identity.
+    pub uuid: String,
+    /// Bytes of each memory backend; several make as many NUMA nodes.
+    pub memory_bytes: Vec<u64>,
+    /// Virtual CPUs.
+    pub cpus: u16,
+    /// How guest code runs.
+    pub accel: Accel,
+    /// Machine type.
+    pub machine: String,
+    /// CPU model; the hypervisor's default where absent.
+    pub cpu: Option<String>,
+    /// Kernel to boot directly.
+    pub kernel: Option<String>,
+    /// Its initial RAM disk.
+    pub initrd: Option<String>,
+    /// Its command line.
+    pub append: Option<String>,
+    /// Disks.
+    pub disks: Vec<Disk>,
+    /// Network interfaces.
+    pub networks: Vec<Network>,
+    /// Whether the first serial port goes to a file in the VM's directory.
+    pub console: bool,
+}
+
+/// How guest code runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accel {
+    /// KVM where it opens, else TCG.
+    Auto,
+    /// Linux's KVM.
+    Kvm,
+    /// QEMU's translator.
+    Tcg,
+}
+
+/// A disk of a [`Machine`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// Path of the image.
+    pub path: String,
+    /// `raw` or `qcow2`.
+    pub format: String,
+    /// `virtio` or `ide`.
+    pub interface: String,
+    /// Writes are lost at the end.
+    pub ephemeral: bool,
+}
+
+/// A network interface of a [`Machine`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Network {
+    /// Tap device.
+    pub tap: String,
+    /// Hardware address.
+    pub mac: String,
+}
+
+/// Why a container can't be had.
+#[derive(Debug)]
+pub enum PrepareError {
+    /// For these reasons, all of them.
+    Blocked(Vec<Obstacle>),
+    /// Something failed.
+    Failed(Error),
+}
+
+impl From<Error> for PrepareError {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// A hypervisor of this machine.
+pub trait Hypervisor: Send + Sync {
+    /// Starts a VM; it runs when this returns. `vm_dir` is made, and becomes the VM's alone.
+    fn spawn(&self, machine: &Machine, vm_dir: &Path) -> Result<Arc<dyn Vm>, Error>;
+
+    /// Takes over a hypervisor that somebody else started.
+    fn adopt(&self, pid: u32, qmp: &Path, vm_dir: &Path) -> Result<Arc<dyn Vm>, Error>;
+
+    /// Finds a hypervisor again; an error for which [`Error::is_process_gone`] holds if it has ended.
+    fn attach(&self, handle: &Handle, vm_dir: &Path) -> Result<Arc<dyn Vm>, Error>;
+
+    /// Starts an empty container for a VM that another host describes: its RAM is proven zero.
+    fn prepare(
+        &self,
+        descriptor: &Descriptor,
+        vm_dir: &Path,
+        available_bytes: u64,
+    ) -> Result<Arc<dyn Vm>, PrepareError>;
+
+    /// What would stand in the way of [`Hypervisor::prepare`], without starting anything.
+    fn check(&self, descriptor: &Descriptor, available_bytes: u64) -> Vec<Obstacle>;
+
+    /// Version of the hypervisor.
+    fn version(&self) -> Result<String, Error>;
 }

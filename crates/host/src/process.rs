@@ -1,0 +1,124 @@
+//! A process that can't be mistaken for another: a pidfd, checked against its start time.
+
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
+};
+
+use crate::Error;
+
+/// A process of this machine.
+#[derive(Debug)]
+pub(crate) struct Process {
+    pid: u32,
+    start_ticks: u64,
+    fd: OwnedFd,
+}
+
+impl Process {
+    /// The process that has this ID now.
+    pub(crate) fn open(pid: u32) -> Result<Self, Error> {
+        let gone = || Error::ProcessGone { pid };
+        let raw = i32::try_from(pid)
+            .ok()
+            .and_then(Pid::from_raw)
+            .ok_or_else(gone)?;
+        let fd = pidfd_open(raw, PidfdFlags::empty()).map_err(|_| gone())?;
+        // Read after the descriptor was opened: both are of the same process, or the process is gone.
+        let start_ticks = start_ticks(pid).ok_or_else(gone)?;
+        let process = Self {
+            pid,
+            start_ticks,
+            fd,
+        };
+        if process.has_ended(Duration::ZERO) {
+            Err(gone())
+        } else {
+            Ok(process)
+        }
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Start time in clock ticks since boot.
+    pub(crate) fn start_ticks(&self) -> u64 {
+        self.start_ticks
+    }
+
+    pub(crate) fn fd(&self) -> &OwnedFd {
+        &self.fd
+    }
+
+    /// Waits until it has ended or the time is up; true if it has ended. Reaps it if it is our child.
+    pub(crate) fn has_ended(&self, timeout: Duration) -> bool {
+        let timeout = Timespec {
+            tv_sec: timeout.as_secs().cast_signed(),
+            tv_nsec: timeout.subsec_nanos().into(),
+        };
+        let mut fds = [PollFd::new(&self.fd, PollFlags::IN)];
+        let ended = matches!(poll(&mut fds, Some(&timeout)), Ok(1..));
+        if ended {
+            let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+            // Not our child, or reaped already: then there is nothing to reap.
+            let _ = waitid(WaitId::PidFd(self.fd.as_fd()), options);
+        }
+        ended
+    }
+
+    /// Ends it by force and waits; false if it is still there after the timeout.
+    pub(crate) fn kill(&self, timeout: Duration) -> bool {
+        // One that has ended already can't get a signal.
+        let _ = pidfd_send_signal(&self.fd, Signal::KILL);
+        self.has_ended(timeout)
+    }
+}
+
+/// Field 22 of `/proc/PID/stat`, see proc_pid_stat(5).
+fn start_ticks(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may hold anything.
+    let rest = stat.rsplit_once(')')?.1;
+    rest.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+/// Identity of the running kernel: changes with every boot.
+pub(crate) fn boot_id() -> Result<String, Error> {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map(|id| id.trim().to_owned())
+        .map_err(Error::io("reading the boot ID"))
+}
+
+#[cfg(test)]
+#[expect(
+    clippy::zombie_processes,
+    reason = "`has_ended` reaps them, which is what is tested"
+)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_ended_is_noticed_and_reaped() {
+        let child = std::process::Command::new("true").spawn().unwrap();
+        match Process::open(child.id()) {
+            Ok(process) => assert!(process.has_ended(Duration::from_secs(5))),
+            Err(error) => assert!(error.is_process_gone()),
+        }
+    }
+
+    #[test]
+    fn a_killed_process_is_gone() {
+        let child = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let process = Process::open(child.id()).unwrap();
+        assert!(!process.has_ended(Duration::ZERO));
+        assert!(process.kill(Duration::from_secs(5)));
+    }
+}

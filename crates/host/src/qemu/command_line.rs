@@ -1,0 +1,299 @@
+//! QEMU's command line: made from a [`Machine`], and read back from a running QEMU without what belongs to one host.
+
+use std::path::Path;
+
+use crate::vm::{Accel, Machine};
+
+/// Stands for the VM's directory in arguments that cross hosts.
+pub(crate) const VM_DIR: &str = "@VM_DIR@";
+const CONSOLE: &str = "file:@VM_DIR@/console.log";
+
+/// Arguments for a machine, with [`VM_DIR`] for its directory.
+pub(crate) fn arguments(machine: &Machine) -> Vec<String> {
+    let mut args: Vec<String> = Vec::new();
+    let mut add = |option: &str, value: String| args.extend([option.to_owned(), value]);
+    add("-name", machine.name.clone());
+    add("-uuid", machine.uuid.clone());
+    let accel = match machine.accel {
+        Accel::Kvm => "kvm",
+        Accel::Tcg => "tcg",
+        Accel::Auto if kvm_opens() => "kvm",
+        Accel::Auto => "tcg",
+    };
+    add("-accel", accel.to_owned());
+    let total: u64 = machine.memory_bytes.iter().sum();
+    add("-m", format!("{}k", total / 1024));
+    add("-smp", machine.cpus.to_string());
+    if let Some(cpu) = &machine.cpu {
+        add("-cpu", cpu.clone());
+    }
+    for (node, size) in machine.memory_bytes.iter().enumerate() {
+        add(
+            "-object",
+            format!("memory-backend-memfd,id=ram{node},size={size},share=on"),
+        );
+    }
+    if let [_] = machine.memory_bytes[..] {
+        add(
+            "-machine",
+            format!("{},memory-backend=ram0", machine.machine),
+        );
+    } else {
+        add("-machine", machine.machine.clone());
+        for node in 0..machine.memory_bytes.len() {
+            add("-numa", format!("node,nodeid={node},memdev=ram{node}"));
+        }
+    }
+    let boot = [
+        ("-kernel", &machine.kernel),
+        ("-initrd", &machine.initrd),
+        ("-append", &machine.append),
+    ];
+    for (option, value) in boot {
+        if let Some(value) = value {
+            add(option, value.clone());
+        }
+    }
+    for (index, disk) in machine.disks.iter().enumerate() {
+        let snapshot = if disk.ephemeral { ",snapshot=on" } else { "" };
+        let (path, format) = (&disk.path, &disk.format);
+        add(
+            "-drive",
+            format!("if=none,id=disk{index},file={path},format={format}{snapshot}"),
+        );
+        let device = if disk.interface == "ide" {
+            "ide-hd"
+        } else {
+            "virtio-blk-pci"
+        };
+        add("-device", format!("{device},drive=disk{index}"));
+    }
+    for (index, network) in machine.networks.iter().enumerate() {
+        let (tap, mac) = (&network.tap, &network.mac);
+        add(
+            "-netdev",
+            format!("tap,id=net{index},ifname={tap},script=no,downscript=no"),
+        );
+        add(
+            "-device",
+            format!("virtio-net-pci,netdev=net{index},mac={mac}"),
+        );
+    }
+    add(
+        "-serial",
+        if machine.console {
+            CONSOLE.to_owned()
+        } else {
+            "null".to_owned()
+        },
+    );
+    add("-display", "none".to_owned());
+    args.extend(["-nodefaults".to_owned(), "-no-reboot".to_owned()]);
+    args
+}
+
+/// Whether KVM can be used: as root or a member of its group.
+pub(crate) fn kvm_opens() -> bool {
+    std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_ok()
+}
+
+/// Options with a value that belong to one host: dropped.
+const HOST_OPTIONS: [&str; 17] = [
+    "-qmp",
+    "-qmp-pretty",
+    "-monitor",
+    "-mon",
+    "-incoming",
+    "-pidfile",
+    "-D",
+    "-d",
+    "-chroot",
+    "-runas",
+    "-run-with",
+    "-gdb",
+    "-vnc",
+    "-spice",
+    "-trace",
+    "-sandbox",
+    "-loadvm",
+];
+/// Options without a value that belong to one host: dropped.
+const HOST_FLAGS: [&str; 4] = ["-S", "-daemonize", "-s", "-only-migratable"];
+/// Options without a value.
+const FLAGS: [&str; 14] = [
+    "-nodefaults",
+    "-no-reboot",
+    "-no-shutdown",
+    "-no-user-config",
+    "-nographic",
+    "-no-hpet",
+    "-no-acpi",
+    "-enable-kvm",
+    "-usb",
+    "-snapshot",
+    "-full-screen",
+    "-no-fd-bootchk",
+    "-win2k-hack",
+    "-rtc-td-hack",
+];
+
+/// Whether this option stands alone.
+pub(crate) fn is_flag(option: &str) -> bool {
+    FLAGS.contains(&option) || HOST_FLAGS.contains(&option)
+}
+
+/// Removes from a running QEMU's arguments (without the program) what belongs to one host, and writes the VM's
+/// directory as [`VM_DIR`]. `machine` is the machine type with its version.
+pub(crate) fn portable(args: &[String], vm_dir: &Path, machine: &str) -> Vec<String> {
+    let dir = vm_dir.to_string_lossy();
+    // `--option` is `-option`.
+    let normal = |arg: &str| -> String {
+        arg.strip_prefix("--")
+            .map_or_else(|| arg.to_owned(), |rest| format!("-{rest}"))
+    };
+    let monitors = monitor_chardevs(args, normal);
+    let mut portable: Vec<String> = Vec::new();
+    let mut serial = false;
+    let mut nographic = false;
+    let mut rest = args.iter();
+    while let Some(arg) = rest.next() {
+        let option = normal(arg);
+        if HOST_FLAGS.contains(&option.as_str()) {
+            continue;
+        }
+        if option == "-nographic" {
+            nographic = true;
+            continue;
+        }
+        if is_flag(&option) || !option.starts_with('-') {
+            portable.push(option);
+            continue;
+        }
+        let Some(value) = rest.next() else {
+            portable.push(option);
+            break;
+        };
+        if HOST_OPTIONS.contains(&option.as_str()) {
+            continue;
+        }
+        let mut value = value.replace(dir.as_ref(), VM_DIR);
+        match option.as_str() {
+            "-chardev" if monitors.iter().any(|id| has_key(&value, "id", id)) => continue,
+            "-display" => "none".clone_into(&mut value),
+            "-serial" => {
+                serial = true;
+                value = portable_serial(&value);
+            }
+            "-machine" | "-M" => value = versioned(&value, machine),
+            _ => {}
+        }
+        let option = if option == "-M" {
+            "-machine".to_owned()
+        } else {
+            option
+        };
+        portable.extend([option, value]);
+    }
+    if nographic {
+        portable.extend(["-display".to_owned(), "none".to_owned()]);
+        if !serial && !portable.iter().any(|arg| arg == "-nodefaults") {
+            portable.extend(["-serial".to_owned(), "null".to_owned()]);
+        }
+    }
+    if !portable.iter().any(|arg| arg == "-machine") {
+        portable.extend(["-machine".to_owned(), machine.to_owned()]);
+    }
+    portable
+}
+
+/// IDs of the character devices that only monitors use.
+fn monitor_chardevs(args: &[String], normal: impl Fn(&str) -> String) -> Vec<String> {
+    args.windows(2)
+        .filter(|pair| normal(&pair[0]) == "-mon")
+        .filter_map(|pair| {
+            let mut keys = pair[1].split(',');
+            let first = keys.next()?;
+            let named = first
+                .strip_prefix("chardev=")
+                .or_else(|| (!first.contains('=')).then_some(first));
+            named
+                .or_else(|| keys.find_map(|key| key.strip_prefix("chardev=")))
+                .map(str::to_owned)
+        })
+        .collect()
+}
+
+fn has_key(value: &str, key: &str, expected: &str) -> bool {
+    value
+        .split(',')
+        .any(|pair| pair.split_once('=') == Some((key, expected)))
+}
+
+/// Output to a file goes to the VM's directory; anything else that a serial port may be belongs to one host.
+fn portable_serial(value: &str) -> String {
+    if value.starts_with("file:") {
+        CONSOLE.to_owned()
+    } else if value == "none" || value.starts_with("chardev:") {
+        value.to_owned()
+    } else {
+        "null".to_owned()
+    }
+}
+
+/// Replaces the machine type by its version, so that another release of QEMU builds the same machine.
+fn versioned(value: &str, machine: &str) -> String {
+    let mut keys: Vec<String> = value.split(',').map(str::to_owned).collect();
+    let is_type = |key: &str| key.starts_with("type=") || !key.contains('=');
+    match keys.iter_mut().find(|key| is_type(key)) {
+        Some(key) => machine.clone_into(key),
+        None => keys.insert(0, machine.to_owned()),
+    }
+    keys.join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(line: &str) -> Vec<String> {
+        line.split_ascii_whitespace().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn what_belongs_to_one_host_is_removed() {
+        let line = "-machine q35,memory-backend=ram -m 64 -nodefaults -S -daemonize --qmp unix:/run/x,server=on \
+                    -chardev socket,id=mon0,path=/x -mon chardev=mon0,mode=control -pidfile /p -incoming defer \
+                    -serial file:/var/log/x -display gtk -object memory-backend-memfd,id=ram,size=64M,share=on";
+        assert_eq!(
+            portable(&args(line), Path::new("/vm"), "pc-q35-7.2"),
+            args(
+                "-machine pc-q35-7.2,memory-backend=ram -m 64 -nodefaults -serial file:@VM_DIR@/console.log \
+                 -display none -object memory-backend-memfd,id=ram,size=64M,share=on"
+            )
+        );
+    }
+
+    #[test]
+    fn a_terminal_becomes_no_display_and_a_silent_port() {
+        assert_eq!(
+            portable(
+                &args("-M type=q35 -nographic"),
+                Path::new("/vm"),
+                "pc-q35-7.2"
+            ),
+            args("-machine pc-q35-7.2 -display none -serial null")
+        );
+    }
+
+    #[test]
+    fn the_directory_of_the_vm_is_written_as_a_placeholder() {
+        let value = args("-serial file:/state/vms/1/console.log -kernel /boot/vmlinuz");
+        let portable = portable(&value, Path::new("/state/vms/1"), "m");
+        assert_eq!(portable[1], "file:@VM_DIR@/console.log");
+        assert_eq!(portable[3], "/boot/vmlinuz");
+    }
+}

@@ -1,0 +1,391 @@
+//! QEMU, unmodified, with guest RAM in shared memory.
+
+mod allowed;
+mod command_line;
+mod qmp;
+mod ram;
+mod state;
+mod vm;
+
+use std::fs;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use self::command_line::VM_DIR;
+use self::vm::QemuVm;
+use crate::Error;
+use crate::process::{Process, boot_id};
+use crate::vm::{
+    Descriptor, GuestRam, Handle, Hypervisor, Machine, Obstacle, PAGE_SIZE, PrepareError, RunState,
+    Vm,
+};
+
+/// Longest time for QEMU to answer after its start.
+const START_TIMEOUT: Duration = Duration::from_secs(20);
+const REGIONS_MAX: usize = 64;
+/// What QEMU needs beside guest RAM.
+const OVERHEAD_BYTES: u64 = 64 << 20;
+
+/// QEMU on this machine.
+#[derive(Clone, Debug)]
+pub struct Qemu {
+    binary: PathBuf,
+    allowed_paths: Vec<PathBuf>,
+}
+
+impl Qemu {
+    /// The binary, and the directories below which an arriving VM may name files.
+    pub fn new(binary: PathBuf, allowed_paths: Vec<PathBuf>) -> Self {
+        Self {
+            binary,
+            allowed_paths,
+        }
+    }
+
+    fn start(&self, arguments: &[String], vm_dir: &Path, incoming: bool) -> Result<QemuVm, Error> {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(vm_dir)
+            .map_err(Error::io(format!("making {}", vm_dir.display())))?;
+        let qmp = vm_dir.join("qmp");
+        if qmp.as_os_str().len() > 107 {
+            return Err(Error::SocketPath(qmp));
+        }
+        let log_path = vm_dir.join("qemu.log");
+        let log = fs::File::create(&log_path).map_err(Error::io("making QEMU's log"))?;
+        let dir = vm_dir.to_string_lossy();
+        let mut command = Command::new(&self.binary);
+        command
+            .args(
+                arguments
+                    .iter()
+                    .map(|argument| argument.replace(VM_DIR, &dir)),
+            )
+            .arg("-qmp")
+            .arg(format!("unix:{},server=on,wait=off", qmp.display()));
+        if incoming {
+            command.args(["-incoming", "defer", "-S"]);
+        }
+        // Its own process group: a signal for the agent's terminal is not for the VM, and the VM outlives the agent.
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().map_err(Error::io("making QEMU's log"))?)
+            .stderr(log)
+            .process_group(0)
+            .spawn()
+            .map_err(Error::io(format!("starting {}", self.binary.display())))?;
+        let failed = || Error::Start {
+            log: tail(&log_path),
+        };
+        let process = Process::open(child.id()).map_err(|_| failed())?;
+        let vm = QemuVm::new(process, &qmp, vm_dir);
+        let deadline = Instant::now() + START_TIMEOUT;
+        loop {
+            match vm.run_state() {
+                Ok(_) => return Ok(vm),
+                Err(error) => {
+                    if vm.process.has_ended(Duration::from_millis(10)) {
+                        return Err(failed());
+                    }
+                    if Instant::now() >= deadline {
+                        vm.process.kill(Duration::from_secs(5));
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+
+    fn machines(&self) -> Result<String, Error> {
+        self.ask(&["-machine", "help"])
+    }
+
+    fn ask(&self, arguments: &[&str]) -> Result<String, Error> {
+        let action = format!("running {} {}", self.binary.display(), arguments.join(" "));
+        let output = Command::new(&self.binary)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .map_err(Error::io(action))?;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+}
+
+/// End of a log, for an error message.
+fn tail(path: &Path) -> String {
+    let text = fs::read(path).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text[text.len().saturating_sub(2000)..]).into_owned();
+    let lines: Vec<&str> = text.lines().rev().take(5).collect();
+    if lines.is_empty() {
+        return "it ended without a word".to_owned();
+    }
+    lines.into_iter().rev().collect::<Vec<_>>().join("; ")
+}
+
+fn obstacle(code: &str, message: String, remedy: &str) -> Obstacle {
+    Obstacle {
+        code: code.to_owned(),
+        message,
+        remedy: remedy.to_owned(),
+    }
+}
+
+/// Major and minor of a version such as `7.2.22`.
+fn major_minor(version: &str) -> Option<(u32, u32)> {
+    let mut parts = version.split('.');
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+impl Hypervisor for Qemu {
+    fn spawn(&self, machine: &Machine, vm_dir: &Path) -> Result<Arc<dyn Vm>, Error> {
+        let arguments = command_line::arguments(machine);
+        Ok(Arc::new(self.start(&arguments, vm_dir, false)?))
+    }
+
+    fn adopt(&self, pid: u32, qmp: &Path, vm_dir: &Path) -> Result<Arc<dyn Vm>, Error> {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(vm_dir)
+            .map_err(Error::io(format!("making {}", vm_dir.display())))?;
+        let vm = QemuVm::new(Process::open(pid)?, qmp, vm_dir);
+        vm.run_state()?;
+        Ok(Arc::new(vm))
+    }
+
+    fn attach(&self, handle: &Handle, vm_dir: &Path) -> Result<Arc<dyn Vm>, Error> {
+        let process = Process::open(handle.pid)?;
+        if process.start_ticks() != handle.start_ticks || boot_id()? != handle.boot_id {
+            return Err(Error::ProcessGone { pid: handle.pid });
+        }
+        Ok(Arc::new(QemuVm::new(process, &handle.qmp, vm_dir)))
+    }
+
+    fn prepare(
+        &self,
+        descriptor: &Descriptor,
+        vm_dir: &Path,
+        available_bytes: u64,
+    ) -> Result<Arc<dyn Vm>, PrepareError> {
+        let obstacles = self.check(descriptor, available_bytes);
+        if !obstacles.is_empty() {
+            return Err(PrepareError::Blocked(obstacles));
+        }
+        let vm = match self.start(&descriptor.arguments, vm_dir, true) {
+            Ok(vm) => vm,
+            Err(Error::Start { log }) => {
+                return Err(PrepareError::Blocked(vec![obstacle(
+                    "container-start",
+                    format!("QEMU does not start with the VM's command line: {log}"),
+                    "Make what QEMU names available on the destination: tap devices, files, machine type.",
+                )]));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        match examine(&vm, descriptor) {
+            Ok(found) if found.is_empty() => Ok(Arc::new(vm)),
+            result => {
+                if let Err(error) = vm.terminate() {
+                    tracing::warn!(%error, "a container that is not wanted does not end");
+                }
+                match result {
+                    Ok(found) => Err(PrepareError::Blocked(found)),
+                    Err(error) => Err(error.into()),
+                }
+            }
+        }
+    }
+
+    fn check(&self, descriptor: &Descriptor, available_bytes: u64) -> Vec<Obstacle> {
+        let mut obstacles = Vec::new();
+        if descriptor.hypervisor != "qemu" {
+            obstacles.push(obstacle(
+                "hypervisor",
+                format!(
+                    "the VM needs {:?}, this host has QEMU",
+                    descriptor.hypervisor
+                ),
+                "Choose a destination with the same hypervisor.",
+            ));
+            return obstacles;
+        }
+        match self.version() {
+            Ok(ours) => {
+                if major_minor(&ours) < major_minor(&descriptor.version) {
+                    obstacles.push(obstacle(
+                        "qemu-version",
+                        format!(
+                            "QEMU is {ours} here and {} at the source",
+                            descriptor.version
+                        ),
+                        "Upgrade QEMU on the destination to at least the source's version.",
+                    ));
+                }
+            }
+            Err(error) => obstacles.push(obstacle(
+                "qemu-missing",
+                error.to_string(),
+                "Install QEMU on the destination, or set `qemu.binary`.",
+            )),
+        }
+        let known = self.machines().unwrap_or_default();
+        if !known
+            .lines()
+            .any(|line| line.split(' ').next() == Some(&descriptor.machine))
+        {
+            obstacles.push(obstacle(
+                "machine-type",
+                format!("QEMU here has no machine {:?}", descriptor.machine),
+                "Upgrade QEMU on the destination, or start the VM with a machine type that both know.",
+            ));
+        }
+        obstacles.extend(region_obstacles(descriptor, available_bytes));
+        obstacles.extend(allowed::judge(&descriptor.arguments, &self.allowed_paths));
+        let wants_kvm = descriptor
+            .arguments
+            .windows(2)
+            .any(|pair| match pair[0].as_str() {
+                "-accel" => pair[1].starts_with("kvm"),
+                "-machine" => pair[1].contains("accel=kvm"),
+                _ => false,
+            });
+        if wants_kvm && !command_line::kvm_opens() {
+            obstacles.push(obstacle(
+                "kvm",
+                "the VM needs KVM, and /dev/kvm does not open here".to_owned(),
+                "Load the kvm module, or choose another destination.",
+            ));
+        }
+        obstacles
+    }
+
+    fn version(&self) -> Result<String, Error> {
+        let text = self.ask(&["--version"])?;
+        let version = text
+            .split_ascii_whitespace()
+            .find(|word| major_minor(word).is_some());
+        version.map(str::to_owned).ok_or_else(|| Error::Answer {
+            command: "--version",
+            problem: text.chars().take(200).collect(),
+        })
+    }
+}
+
+fn region_obstacles(descriptor: &Descriptor, available_bytes: u64) -> Vec<Obstacle> {
+    let regions = &descriptor.regions;
+    let sizes_fit = regions
+        .iter()
+        .all(|region| region.size_bytes > 0 && region.size_bytes.is_multiple_of(PAGE_SIZE));
+    if regions.is_empty() || regions.len() > REGIONS_MAX || !sizes_fit {
+        return vec![obstacle(
+            "ram-layout",
+            "the VM's memory has a layout that cannot be".to_owned(),
+            "Report this: the source describes a VM that cannot exist.",
+        )];
+    }
+    let needed = regions.iter().fold(OVERHEAD_BYTES, |sum, region| {
+        sum.saturating_add(region.size_bytes)
+    });
+    if needed <= available_bytes {
+        return Vec::new();
+    }
+    vec![obstacle(
+        "memory-short",
+        format!(
+            "the VM needs {} MiB, {} MiB can be given to it here",
+            needed >> 20,
+            available_bytes >> 20
+        ),
+        "Move other VMs away from the destination, lower `limits.memory-reserve`, or choose another host.",
+    )]
+}
+
+/// Looks at a container that was started: is it what the VM needs, and is its RAM empty?
+fn examine(vm: &QemuVm, descriptor: &Descriptor) -> Result<Vec<Obstacle>, Error> {
+    let mut obstacles = Vec::new();
+    if vm.run_state()? != RunState::Incoming {
+        return Err(Error::Answer {
+            command: "query-status",
+            problem: "the container does not wait for a VM".to_owned(),
+        });
+    }
+    state::enable(&vm.monitor)?;
+    let ram = match vm.qemu_ram() {
+        Ok(ram) => ram,
+        Err(Error::Ram(message)) => {
+            let remedy = "Use memory-backend-memfd with share=on at the source.";
+            return Ok(vec![obstacle("ram-private", message, remedy)]);
+        }
+        Err(error) => return Err(error),
+    };
+    if ram.regions() != descriptor.regions {
+        obstacles.push(obstacle(
+            "ram-layout",
+            "the container's memory has another layout than the VM's".to_owned(),
+            "Start the VM with all its memory on the command line; memory that was plugged in later is not \
+             supported.",
+        ));
+    }
+    if !ram.prove_zero()? {
+        obstacles.push(obstacle(
+            "ram-not-zero",
+            "the container's memory is not empty".to_owned(),
+            "Report this: fresh memory must be empty.",
+        ));
+    }
+    let ours = vm.cpu_features()?;
+    for (name, wanted) in &descriptor.cpu_features {
+        let has = ours
+            .iter()
+            .find(|(word, _)| word == name)
+            .map_or(0, |(_, bits)| *bits);
+        let missing = wanted & !has;
+        if missing != 0 {
+            obstacles.push(obstacle(
+                "cpu-feature",
+                format!("the CPU here lacks bits {missing:#x} of {name}"),
+                "Start the VM with a CPU model that both hosts have.",
+            ));
+        }
+    }
+    Ok(obstacles)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_compared_by_major_and_minor() {
+        assert_eq!(major_minor("7.2.22"), Some((7, 2)));
+        assert!(major_minor("10.0.2") > major_minor("7.2.22"));
+        assert_eq!(major_minor("emulator"), None);
+    }
+
+    #[test]
+    fn sizes_that_overflow_are_short_of_memory_not_a_panic() {
+        let region = |size_bytes| crate::vm::Region {
+            name: "r".to_owned(),
+            size_bytes,
+        };
+        let mut descriptor = Descriptor {
+            hypervisor: "qemu".to_owned(),
+            version: String::new(),
+            machine: String::new(),
+            arguments: Vec::new(),
+            regions: vec![region(u64::MAX - 4095), region(1 << 40)],
+            cpu_features: Vec::new(),
+        };
+        assert_eq!(
+            region_obstacles(&descriptor, 1 << 40)[0].code,
+            "memory-short"
+        );
+        descriptor.regions = vec![region(4095)];
+        assert_eq!(region_obstacles(&descriptor, 1 << 40)[0].code, "ram-layout");
+    }
+}

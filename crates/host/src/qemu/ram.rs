@@ -1,0 +1,390 @@
+//! Guest RAM from outside: which shared memory holds which backend, and where QEMU has it mapped.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::ErrorKind;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::Arc;
+
+use qapi::qmp;
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use rustix::io::Errno;
+use rustix::process::{ForeignRawFd, PidfdGetfdFlags, pidfd_getfd};
+
+use super::qmp::Monitor;
+use crate::Error;
+use crate::process::Process;
+use crate::sys::{inject, track};
+use crate::vm::{GuestRam, PAGE_SIZE, Region, WriteTracker};
+
+/// Most data extents of a region: what is more fragmented is read with its holes closed up to pages anyway.
+const EXTENTS_MAX: usize = 4 << 20;
+
+/// A backend of guest RAM.
+#[derive(Debug)]
+struct Backend {
+    region: Region,
+    file: File,
+    /// Where it is mapped in QEMU: (address, offset in the file, length).
+    mappings: Vec<Mapping>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Mapping {
+    address: u64,
+    offset: u64,
+    len: u64,
+    inode: u64,
+    shared: bool,
+}
+
+/// RAM of a QEMU process.
+#[derive(Debug)]
+pub(crate) struct QemuRam {
+    regions: Vec<Region>,
+    backends: Vec<Backend>,
+}
+
+impl QemuRam {
+    /// Finds the RAM of a QEMU.
+    pub(crate) fn find(process: &Process, monitor: &Monitor) -> Result<Self, Error> {
+        let memdevs = monitor.execute_value(&qmp::query_memdev {})?;
+        let mut sizes = BTreeMap::new();
+        for memdev in memdevs.as_array().into_iter().flatten() {
+            if let (Some(id), Some(size)) = (memdev["id"].as_str(), memdev["size"].as_u64()) {
+                sizes.insert(id.to_owned(), size);
+            }
+        }
+        if sizes.is_empty() {
+            return Err(Error::Ram(
+                "there is no memory backend; RAM is private to QEMU".to_owned(),
+            ));
+        }
+        let tree = human(monitor, "info mtree -f")?;
+        let mappings = mappings(process.pid())?;
+        let mut backends = Vec::new();
+        for (id, size) in sizes {
+            let (gpa, offset) = guest_address(&tree, &id).ok_or_else(|| {
+                Error::Ram(format!("backend {id:?} is not mapped into the guest"))
+            })?;
+            let answer = human(monitor, &format!("gpa2hva {gpa:#x}"))?;
+            let host = answer
+                .rsplit_once(" is 0x")
+                .and_then(|(_, hex)| u64::from_str_radix(hex.trim(), 16).ok())
+                .and_then(|host| host.checked_sub(offset))
+                .ok_or_else(|| Error::Ram(format!("no address for {id:?}: {}", answer.trim())))?;
+            backends.push(Backend::open(process, id, size, host, &mappings)?);
+        }
+        Ok(Self {
+            regions: backends.iter().map(|b| b.region.clone()).collect(),
+            backends,
+        })
+    }
+
+    fn backend(&self, region: usize) -> Result<&Backend, Error> {
+        self.backends
+            .get(region)
+            .ok_or_else(|| Error::Ram(format!("region {region} does not exist")))
+    }
+
+    /// Makes every region empty, and proves it: true if no region holds data.
+    pub(crate) fn prove_zero(&self) -> Result<bool, Error> {
+        for (index, region) in self.regions.iter().enumerate() {
+            if !self.data_extents(index)?.is_empty() {
+                self.discard(index, 0..region.size_bytes)?;
+            }
+        }
+        for index in 0..self.regions.len() {
+            if !self.data_extents(index)?.is_empty() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+impl Backend {
+    fn open(
+        process: &Process,
+        id: String,
+        size: u64,
+        host: u64,
+        mappings: &[Mapping],
+    ) -> Result<Self, Error> {
+        let here = mappings
+            .iter()
+            .find(|m| (m.address..m.address + m.len).contains(&host));
+        let Some(inode) = here.filter(|m| m.shared && m.inode != 0).map(|m| m.inode) else {
+            return Err(Error::Ram(format!("backend {id:?} is private to QEMU")));
+        };
+        let file = open_by_inode(process.pid(), inode)?
+            .ok_or_else(|| Error::Ram(format!("no descriptor for backend {id:?}")))?;
+        let len = file
+            .metadata()
+            .map_err(Error::io("looking at guest RAM"))?
+            .len();
+        if len != size || !size.is_multiple_of(PAGE_SIZE) {
+            return Err(Error::Ram(format!(
+                "backend {id:?} has {len} bytes, expected {size}"
+            )));
+        }
+        let mappings: Vec<Mapping> = mappings
+            .iter()
+            .filter(|m| m.inode == inode)
+            .cloned()
+            .collect();
+        Ok(Self {
+            region: Region {
+                name: id,
+                size_bytes: size,
+            },
+            file,
+            mappings,
+        })
+    }
+}
+
+/// Opens the file with this inode among the process's descriptors.
+fn open_by_inode(pid: u32, inode: u64) -> Result<Option<File>, Error> {
+    let dir = format!("/proc/{pid}/fd");
+    let entries = fs::read_dir(&dir).map_err(Error::io("listing QEMU's descriptors"))?;
+    for entry in entries.flatten() {
+        let is_it = fs::metadata(entry.path()).is_ok_and(|meta| meta.ino() == inode)
+            && fs::read_link(entry.path()).is_ok_and(|link| {
+                let link = link.to_string_lossy().into_owned();
+                link.starts_with("/memfd:") || link.starts_with("/dev/")
+            });
+        if is_it {
+            let file = OpenOptions::new().read(true).write(true).open(entry.path());
+            return file.map(Some).map_err(Error::io("opening guest RAM"));
+        }
+    }
+    Ok(None)
+}
+
+fn human(monitor: &Monitor, line: &str) -> Result<String, Error> {
+    let command = qmp::human_monitor_command {
+        command_line: line.to_owned(),
+        cpu_index: None,
+    };
+    monitor.execute(&command)
+}
+
+/// First guest-physical address of a backend in `info mtree -f`, and the offset in the backend found there.
+fn guest_address(tree: &str, id: &str) -> Option<(u64, u64)> {
+    tree.lines().find_map(|line| {
+        let (range, rest) = line.trim().split_once(" (prio ")?;
+        let (kind, name) = rest.split_once(", ")?.1.split_once("): ")?;
+        if kind != "ram" {
+            return None;
+        }
+        // `NAME`, `NAME @OFFSET`, either with the accelerator behind it.
+        let mut words = name.split_ascii_whitespace();
+        if words.next()? != id {
+            return None;
+        }
+        let offset = words.find_map(|word| word.strip_prefix('@'));
+        let offset = offset.map_or(Some(0), |hex| u64::from_str_radix(hex, 16).ok())?;
+        let start = u64::from_str_radix(range.split_once('-')?.0, 16).ok()?;
+        Some((start, offset))
+    })
+}
+
+/// File mappings of a process, see proc_pid_maps(5).
+fn mappings(pid: u32) -> Result<Vec<Mapping>, Error> {
+    let text = fs::read_to_string(format!("/proc/{pid}/maps")).map_err(|error| {
+        if error.kind() == ErrorKind::NotFound {
+            Error::ProcessGone { pid }
+        } else {
+            Error::Io {
+                action: "reading QEMU's mappings".to_owned(),
+                source: error,
+            }
+        }
+    })?;
+    Ok(text.lines().filter_map(parse_mapping).collect())
+}
+
+fn parse_mapping(line: &str) -> Option<Mapping> {
+    let mut fields = line.split_ascii_whitespace();
+    let (start, end) = fields.next()?.split_once('-')?;
+    let start = u64::from_str_radix(start, 16).ok()?;
+    let end = u64::from_str_radix(end, 16).ok()?;
+    let shared = fields.next()?.ends_with('s');
+    let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
+    let inode = fields.nth(1)?.parse().ok()?;
+    Some(Mapping {
+        address: start,
+        offset,
+        len: end.checked_sub(start)?,
+        inode,
+        shared,
+    })
+}
+
+impl GuestRam for QemuRam {
+    fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    fn data_extents(&self, region: usize) -> Result<Vec<Range<u64>>, Error> {
+        let backend = self.backend(region)?;
+        let size = backend.region.size_bytes;
+        let mut extents = Vec::new();
+        let mut at = 0;
+        while at < size {
+            let start = match seek(&backend.file, SeekFrom::Data(at)) {
+                Ok(start) if start < size => start,
+                Ok(_) | Err(Errno::NXIO) => break,
+                Err(errno) => return Err(Error::call("lseek(SEEK_DATA)")(errno)),
+            };
+            let end = seek(&backend.file, SeekFrom::Hole(start))
+                .map_err(Error::call("lseek(SEEK_HOLE)"))?
+                .min(size);
+            if extents.len() >= EXTENTS_MAX || end <= start {
+                return Err(Error::Ram(
+                    "the extents of guest RAM make no sense".to_owned(),
+                ));
+            }
+            extents.push(start..end);
+            at = end;
+        }
+        Ok(extents)
+    }
+
+    fn read(&self, region: usize, offset: u64, buffer: &mut [u8]) -> Result<(), Error> {
+        let file = &self.backend(region)?.file;
+        file.read_exact_at(buffer, offset)
+            .map_err(Error::io("reading guest RAM"))
+    }
+
+    fn write(&self, region: usize, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        let backend = self.backend(region)?;
+        let end = offset.checked_add(bytes.len() as u64);
+        // A write behind the end would grow the file.
+        if end.is_none_or(|end| end > backend.region.size_bytes) {
+            return Err(Error::Ram("a write outside the region".to_owned()));
+        }
+        backend
+            .file
+            .write_all_at(bytes, offset)
+            .map_err(Error::io("writing guest RAM"))
+    }
+
+    fn discard(&self, region: usize, range: Range<u64>) -> Result<(), Error> {
+        let backend = self.backend(region)?;
+        let end = range.end.min(backend.region.size_bytes);
+        if range.start >= end {
+            return Ok(());
+        }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(&backend.file, flags, range.start, end - range.start)
+            .map_err(Error::call("fallocate(PUNCH_HOLE)"))
+    }
+}
+
+/// Follows the writes of a QEMU process to its RAM.
+pub(crate) struct QemuTracker {
+    ram: Arc<QemuRam>,
+    pagemap: File,
+    /// Closing it ends the tracking.
+    _uffd: std::os::fd::OwnedFd,
+}
+
+impl QemuTracker {
+    /// Starts to follow.
+    pub(crate) fn start(process: &Process, ram: Arc<QemuRam>) -> Result<Self, Error> {
+        let uffd = take_userfaultfd(process)?;
+        track::enable(&uffd)?;
+        for mapping in ram.backends.iter().flat_map(|backend| &backend.mappings) {
+            track::register(&uffd, &(mapping.address..mapping.address + mapping.len))?;
+        }
+        let pagemap = File::open(format!("/proc/{}/pagemap", process.pid()))
+            .map_err(Error::io("opening QEMU's page map"))?;
+        Ok(Self {
+            ram,
+            pagemap,
+            _uffd: uffd,
+        })
+    }
+}
+
+impl WriteTracker for QemuTracker {
+    fn collect(&mut self, sink: &mut dyn FnMut(usize, Range<u64>)) -> Result<(), Error> {
+        for (region, backend) in self.ram.backends.iter().enumerate() {
+            for mapping in &backend.mappings {
+                let range = mapping.address..mapping.address + mapping.len;
+                track::scan(&self.pagemap, &range, &mut |found| {
+                    let page =
+                        |address: u64| (address - mapping.address + mapping.offset) / PAGE_SIZE;
+                    sink(region, page(found.start)..page(found.end));
+                })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `userfaultfd(O_CLOEXEC | O_NONBLOCK)` inside the process; the descriptor becomes ours alone, so that the kernel
+/// ends the tracking when we do.
+fn take_userfaultfd(process: &Process) -> Result<std::os::fd::OwnedFd, Error> {
+    const FLAGS: u64 = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64;
+    let mut stopped = inject::Stopped::attach(process.pid())?;
+    let result = stopped.syscall(libc::SYS_userfaultfd, FLAGS, 0)?;
+    let Ok(remote) = i32::try_from(result).and_then(|fd| u32::try_from(fd).map(|_| fd)) else {
+        let errno = std::io::Error::from_raw_os_error(i32::try_from(-result).unwrap_or(libc::EIO));
+        let hint = match errno.raw_os_error() {
+            Some(libc::EPERM) => {
+                "; QEMU runs without CAP_SYS_PTRACE: set vm.unprivileged_userfaultfd=1"
+            }
+            _ => "",
+        };
+        return Err(Error::Injection(format!("userfaultfd: {errno}{hint}")));
+    };
+    let ours = pidfd_getfd(
+        process.fd(),
+        remote as ForeignRawFd,
+        PidfdGetfdFlags::empty(),
+    );
+    let closed = stopped.syscall(libc::SYS_close, u64::from(remote.cast_unsigned()), 0);
+    drop(stopped);
+    closed?;
+    ours.map_err(Error::call("pidfd_getfd"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TREE: &str = "
+FlatView #1
+ AS \"memory\", root: system
+  0000000000000000-00000000000bffff (prio 0, ram): ram0 KVM
+  00000000000c0000-00000000000dffff (prio 1, rom): pc.rom
+  0000000008000000-000000000fffffff (prio 0, ram): m1 @0000000000001000 KVM
+  00000000febc0000-00000000febc0fff (prio 1, i/o): msix-table
+";
+
+    #[test]
+    fn backends_are_found_in_the_flat_view() {
+        assert_eq!(guest_address(TREE, "ram0"), Some((0, 0)));
+        assert_eq!(guest_address(TREE, "m1"), Some((0x0800_0000, 0x1000)));
+        assert_eq!(guest_address(TREE, "m"), None);
+        assert_eq!(guest_address(TREE, "pc.rom"), None);
+    }
+
+    #[test]
+    fn mappings_are_read_from_proc() {
+        let line = "7ff5c7fff000-7ff5cbfff000 rw-s 00001000 00:01 1026  /memfd:memory-backend-memfd (deleted)";
+        let mapping = parse_mapping(line).unwrap();
+        assert_eq!(mapping.len, 64 << 20);
+        assert_eq!(
+            (mapping.offset, mapping.inode, mapping.shared),
+            (0x1000, 1026, true)
+        );
+        for odd in ["", "x-y", "1-0 rw-s 0 0 1", "00-"] {
+            assert_eq!(parse_mapping(odd), None, "{odd}");
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! A VM that is a QEMU process.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use qapi::qmp;
+use serde_json::Value;
+
+use super::command_line::portable;
+use super::qmp::Monitor;
+use super::ram::{QemuRam, QemuTracker};
+use super::state;
+use crate::Error;
+use crate::process::{Process, boot_id};
+use crate::vm::{Descriptor, GuestRam, Handle, Obstacle, RunState, Vm, WriteTracker};
+
+/// Longest wait for the process to end after it was killed.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest wait for QEMU to end when it was asked to.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(2);
+const CPU_WORDS_MAX: usize = 256;
+
+pub(crate) struct QemuVm {
+    pub(crate) process: Process,
+    pub(crate) monitor: Monitor,
+    dir: PathBuf,
+    ram: Mutex<Option<Arc<QemuRam>>>,
+}
+
+impl QemuVm {
+    pub(crate) fn new(process: Process, qmp: &Path, dir: &Path) -> Self {
+        let monitor = Monitor::new(qmp);
+        Self {
+            process,
+            monitor,
+            dir: dir.to_owned(),
+            ram: Mutex::new(None),
+        }
+    }
+
+    /// Runs a command; what fails because the process has ended says so.
+    fn run<C: qapi::Command>(&self, command: &C) -> Result<Value, Error> {
+        self.or_gone(self.monitor.execute_value(command))
+    }
+
+    fn or_gone<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
+        match result {
+            Err(Error::Qmp { .. } | Error::Io { .. })
+                if self.process.has_ended(Duration::from_millis(100)) =>
+            {
+                Err(Error::ProcessGone {
+                    pid: self.process.pid(),
+                })
+            }
+            other => other,
+        }
+    }
+
+    pub(crate) fn qemu_ram(&self) -> Result<Arc<QemuRam>, Error> {
+        let mut ram = self.ram.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(ram) = &*ram {
+            return Ok(Arc::clone(ram));
+        }
+        let found = Arc::new(self.or_gone(QemuRam::find(&self.process, &self.monitor))?);
+        *ram = Some(Arc::clone(&found));
+        Ok(found)
+    }
+
+    fn arguments(&self) -> Result<Vec<String>, Error> {
+        let pid = self.process.pid();
+        let bytes =
+            fs::read(format!("/proc/{pid}/cmdline")).map_err(|_| Error::ProcessGone { pid })?;
+        let text = String::from_utf8_lossy(&bytes);
+        Ok(text
+            .split_terminator('\0')
+            .skip(1)
+            .map(str::to_owned)
+            .collect())
+    }
+
+    fn machine_type(&self) -> Result<String, Error> {
+        let get = qmp::qom_get {
+            path: "/machine".to_owned(),
+            property: "type".to_owned(),
+        };
+        let value = self.run(&get)?;
+        let name = value.as_str().unwrap_or_default();
+        Ok(name.strip_suffix("-machine").unwrap_or(name).to_owned())
+    }
+
+    /// Feature words of the first virtual CPU, which is like the others.
+    pub(crate) fn cpu_features(&self) -> Result<Vec<(String, u64)>, Error> {
+        let cpus = self.run(&qmp::query_cpus_fast {})?;
+        let Some(path) = cpus[0]["qom-path"].as_str() else {
+            return Ok(Vec::new());
+        };
+        let get = qmp::qom_get {
+            path: path.to_owned(),
+            property: "feature-words".to_owned(),
+        };
+        let words = match self.run(&get) {
+            Ok(words) => words,
+            // Not an x86 CPU.
+            Err(Error::Refused { .. }) => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+        };
+        let words = words.as_array().into_iter().flatten().take(CPU_WORDS_MAX);
+        Ok(words
+            .map(|word| {
+                let name = format!(
+                    "cpuid {:#x}/{}.{}",
+                    word["cpuid-input-eax"].as_u64().unwrap_or(0),
+                    word["cpuid-input-ecx"].as_u64().unwrap_or(0),
+                    word["cpuid-register"].as_str().unwrap_or("?"),
+                );
+                (name, word["features"].as_u64().unwrap_or(0))
+            })
+            .collect())
+    }
+
+    pub(crate) fn version(&self) -> Result<String, Error> {
+        let version = self.run(&qmp::query_version {})?;
+        let number = |part: &str| version["qemu"][part].as_u64().unwrap_or(0);
+        Ok(format!(
+            "{}.{}.{}",
+            number("major"),
+            number("minor"),
+            number("micro")
+        ))
+    }
+}
+
+fn obstacle(code: &str, message: String, remedy: &str) -> Obstacle {
+    Obstacle {
+        code: code.to_owned(),
+        message,
+        remedy: remedy.to_owned(),
+    }
+}
+
+/// Devices that write guest RAM past QEMU, so that their writes can't be followed.
+fn device_obstacles(arguments: &[String]) -> Vec<Obstacle> {
+    let found = |what: &str| arguments.iter().find(|argument| argument.contains(what));
+    let mut obstacles = Vec::new();
+    for (what, code) in [
+        ("vhost-user", "device-vhost-user"),
+        ("vfio", "device-vfio"),
+        ("ivshmem", "device-ivshmem"),
+        ("vhost-vdpa", "device-vhost-vdpa"),
+    ] {
+        if let Some(argument) = found(what) {
+            obstacles.push(obstacle(
+                code,
+                format!("{argument:?}: another process or device writes the guest's memory"),
+                "Unplug the device, or move the VM switched off.",
+            ));
+        }
+    }
+    obstacles
+}
+
+impl Vm for QemuVm {
+    fn handle(&self) -> Handle {
+        Handle {
+            pid: self.process.pid(),
+            start_ticks: self.process.start_ticks(),
+            // Without it the handle finds nothing after a restart, which is the safe side.
+            boot_id: boot_id().unwrap_or_default(),
+            qmp: self.monitor.path().to_owned(),
+        }
+    }
+
+    fn obstacles(&self) -> Result<Vec<Obstacle>, Error> {
+        let mut obstacles = device_obstacles(&self.arguments()?);
+        match self.qemu_ram() {
+            Ok(ram) => match QemuTracker::start(&self.process, ram) {
+                Ok(_) => {}
+                Err(error @ Error::ProcessGone { .. }) => return Err(error),
+                Err(error) => obstacles.push(obstacle(
+                    "tracking",
+                    format!("writes to the VM's memory cannot be followed: {}", chain(&error)),
+                    "Linux 6.7 or newer is needed, and an agent with CAP_SYS_PTRACE that no other tracer forestalls.",
+                )),
+            },
+            Err(Error::Ram(message)) => obstacles.push(obstacle(
+                "ram-private",
+                message,
+                "Start the VM with `-object memory-backend-memfd,id=ram,size=SIZE,share=on -machine \
+                 ...,memory-backend=ram`.",
+            )),
+            Err(error) => return Err(error),
+        }
+        let migration = self.run(&qmp::query_migrate {})?;
+        for reason in migration["blocked-reasons"]
+            .as_array()
+            .into_iter()
+            .flatten()
+        {
+            obstacles.push(obstacle(
+                "qemu-blocked",
+                format!(
+                    "QEMU cannot migrate it: {}",
+                    reason.as_str().unwrap_or("no reason given")
+                ),
+                "Remove the device that QEMU names.",
+            ));
+        }
+        if matches!(
+            migration["status"].as_str(),
+            Some("setup" | "active" | "device" | "pre-switchover")
+        ) {
+            obstacles.push(obstacle(
+                "migration-active",
+                "a migration of QEMU's own is under way".to_owned(),
+                "Wait for it to end, or cancel it.",
+            ));
+        }
+        if self.run_state()? == RunState::Ended {
+            obstacles.push(obstacle(
+                "vm-ended",
+                "the guest has shut down or crashed".to_owned(),
+                "Stop the VM and start it again.",
+            ));
+        }
+        Ok(obstacles)
+    }
+
+    fn describe(&self) -> Result<Descriptor, Error> {
+        let machine = self.machine_type()?;
+        Ok(Descriptor {
+            hypervisor: "qemu".to_owned(),
+            version: self.version()?,
+            arguments: portable(&self.arguments()?, &self.dir, &machine),
+            machine,
+            regions: self.qemu_ram()?.regions().to_vec(),
+            cpu_features: self.cpu_features()?,
+        })
+    }
+
+    fn ram(&self) -> Result<Arc<dyn GuestRam>, Error> {
+        Ok(self.qemu_ram()?)
+    }
+
+    fn track_writes(&self) -> Result<Box<dyn WriteTracker>, Error> {
+        let ram = self.qemu_ram()?;
+        let tracker = QemuTracker::start(&self.process, ram);
+        Ok(Box::new(self.or_gone(tracker)?))
+    }
+
+    fn run_state(&self) -> Result<RunState, Error> {
+        let status = self.run(&qmp::query_status {})?;
+        Ok(match status["status"].as_str().unwrap_or_default() {
+            "running" => RunState::Running,
+            "inmigrate" => RunState::Incoming,
+            "shutdown" | "guest-panicked" | "internal-error" => RunState::Ended,
+            _ => RunState::Paused,
+        })
+    }
+
+    fn pause(&self) -> Result<(), Error> {
+        self.run(&qmp::stop {}).map(drop)
+    }
+
+    fn resume(&self) -> Result<(), Error> {
+        self.run(&qmp::cont {})?;
+        match self.run_state()? {
+            RunState::Running => Ok(()),
+            state => Err(Error::Answer {
+                command: "cont",
+                problem: format!("the VM is {state:?} afterwards"),
+            }),
+        }
+    }
+
+    fn prepare_to_save(&self) -> Result<(), Error> {
+        self.or_gone(state::enable(&self.monitor))?;
+        self.or_gone(state::unlimit(&self.monitor))
+    }
+
+    fn save_device_state(&self, limit_bytes: u64) -> Result<Vec<u8>, Error> {
+        let saved = state::save(&self.process, &self.monitor, &self.dir, limit_bytes);
+        self.or_gone(saved)
+    }
+
+    fn load_device_state(&self, device_state: &[u8]) -> Result<(), Error> {
+        let loaded = state::load(&self.process, &self.monitor, &self.dir, device_state);
+        self.or_gone(loaded)
+    }
+
+    fn terminate(&self) -> Result<(), Error> {
+        let began = Instant::now();
+        if self.monitor.execute_value(&qmp::quit {}).is_ok() && self.process.has_ended(QUIT_TIMEOUT)
+        {
+            return Ok(());
+        }
+        tracing::debug!(pid = self.process.pid(), waited = ?began.elapsed(), "killing QEMU");
+        if self.process.kill(KILL_TIMEOUT) {
+            Ok(())
+        } else {
+            Err(Error::Timeout("killing QEMU"))
+        }
+    }
+
+    fn wait_ended(&self, timeout: Duration) -> bool {
+        self.process.has_ended(timeout)
+    }
+}
+
+/// An error with all its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_that_write_past_qemu_are_named_all_at_once() {
+        let arguments: Vec<String> = ["-device", "vfio-pci,host=1", "-device", "vhost-user-fs-pci"]
+            .map(str::to_owned)
+            .to_vec();
+        let codes: Vec<String> = device_obstacles(&arguments)
+            .into_iter()
+            .map(|o| o.code)
+            .collect();
+        assert_eq!(codes, ["device-vhost-user", "device-vfio"]);
+    }
+}

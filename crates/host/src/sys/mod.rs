@@ -1,0 +1,4 @@
+//! System calls that have no safe wrapper elsewhere: the only `unsafe` code of the project.
+
+pub(crate) mod inject;
+pub(crate) mod track;

@@ -288,8 +288,25 @@ impl GuestRam for QemuRam {
 pub(crate) struct QemuTracker {
     ram: Arc<QemuRam>,
     pagemap: File,
-    /// Closing it ends the tracking.
-    _uffd: std::os::fd::OwnedFd,
+    /// The kernel ends the tracking when the last copy is closed, at the latest when this agent ends.
+    uffd: std::os::fd::OwnedFd,
+}
+
+impl Drop for QemuTracker {
+    fn drop(&mut self) {
+        // A process that is being forked just now holds a copy for a moment; the next tracking need not wait.
+        for mapping in self
+            .ram
+            .backends
+            .iter()
+            .flat_map(|backend| &backend.mappings)
+        {
+            let _ = track::unregister(
+                &self.uffd,
+                &(mapping.address..mapping.address + mapping.len),
+            );
+        }
+    }
 }
 
 impl QemuTracker {

@@ -20,6 +20,8 @@ use crate::vm::{Descriptor, GuestRam, Handle, Obstacle, RunState, Vm, WriteTrack
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest wait for QEMU to end when it was asked to.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Longest wait for QEMU to finish its migration before it can resume.
+const FINALIZE_TIMEOUT: Duration = Duration::from_secs(5);
 const CPU_WORDS_MAX: usize = 256;
 
 pub(crate) struct QemuVm {
@@ -66,6 +68,18 @@ impl QemuVm {
         let found = Arc::new(self.or_gone(QemuRam::find(&self.process, &self.monitor))?);
         *ram = Some(Arc::clone(&found));
         Ok(found)
+    }
+
+    fn is_finishing(&self) -> Result<bool, Error> {
+        let status = self.run(&qmp::query_status {})?;
+        let migration = self.run(&qmp::query_migrate {})?;
+        // `cont` may have been refused a moment before the migration was finished.
+        let settled = matches!(status["status"].as_str(), Some("postmigrate" | "paused"));
+        let active = matches!(
+            migration["status"].as_str(),
+            Some("setup" | "active" | "device" | "cancelling" | "completed" | "cancelled")
+        );
+        Ok(!settled || active)
     }
 
     fn arguments(&self) -> Result<Vec<String>, Error> {
@@ -264,7 +278,19 @@ impl Vm for QemuVm {
     }
 
     fn resume(&self) -> Result<(), Error> {
-        self.run(&qmp::cont {})?;
+        let deadline = Instant::now() + FINALIZE_TIMEOUT;
+        // Right after its state was saved, or saving was cancelled, QEMU still finishes its migration.
+        while let Err(error) = self.run(&qmp::cont {}) {
+            let busy = matches!(error, Error::Refused { .. }) && self.is_finishing()?;
+            if !busy || Instant::now() >= deadline {
+                return Err(error);
+            }
+            if self.process.has_ended(Duration::from_millis(1)) {
+                return Err(Error::ProcessGone {
+                    pid: self.process.pid(),
+                });
+            }
+        }
         match self.run_state()? {
             RunState::Running => Ok(()),
             state => Err(Error::Answer {

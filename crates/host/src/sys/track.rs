@@ -14,6 +14,7 @@ const FEATURES: u64 = 1 << 12 | 1 << 13 | 1 << 15;
 const UFFD_API: u64 = 0xaa;
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+const UFFDIO_UNREGISTER: libc::c_ulong = 0x8010_aa01;
 const UFFDIO_REGISTER_MODE_WP: u64 = 2;
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
 const PAGE_IS_WRITTEN: u64 = 2;
@@ -35,6 +36,12 @@ struct UffdioRegister {
     len: u64,
     mode: u64,
     ioctls: u64,
+}
+
+#[repr(C)]
+struct UffdioRange {
+    start: u64,
+    len: u64,
 }
 
 #[repr(C)]
@@ -86,6 +93,17 @@ pub(crate) fn register(uffd: &OwnedFd, range: &Range<u64>) -> Result<(), Error> 
     // SAFETY: as above; the range concerns the other process, whose contents are not changed by it.
     let result = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_REGISTER, &raw mut arg) };
     check("UFFDIO_REGISTER", result.into())
+}
+
+/// Ends the protection of a range at once, whoever else still holds the descriptor.
+pub(crate) fn unregister(uffd: &OwnedFd, range: &Range<u64>) -> Result<(), Error> {
+    let mut arg = UffdioRange {
+        start: range.start,
+        len: range.end.saturating_sub(range.start),
+    };
+    // SAFETY: the kernel reads a live structure of the layout that this request has.
+    let result = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_UNREGISTER, &raw mut arg) };
+    check("UFFDIO_UNREGISTER", result.into())
 }
 
 /// Calls `sink` for every range written since the last scan, and protects it again.

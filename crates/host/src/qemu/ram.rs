@@ -319,11 +319,7 @@ impl QemuTracker {
         }
         let pagemap = File::open(format!("/proc/{}/pagemap", process.pid()))
             .map_err(Error::io("opening QEMU's page map"))?;
-        Ok(Self {
-            ram,
-            pagemap,
-            _uffd: uffd,
-        })
+        Ok(Self { ram, pagemap, uffd })
     }
 }
 

@@ -1,0 +1,291 @@
+//! The destination's data streams: one thread each, from the socket to guest memory.
+
+use std::io::{self, BufRead, Read, Write};
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use palanquin_engine::frame::{Frame, FrameError, HEADER_BYTES, PAYLOAD_MAX};
+use palanquin_engine::message::Seal;
+use palanquin_engine::pages::{Block, PAGE_BYTES, RamLayout};
+use palanquin_host::vm::GuestRam;
+use rustls::Connection;
+
+use crate::digest::{Digests, sha256};
+use crate::tls::Authenticated;
+
+/// Bytes taken from the socket at once.
+const READ_BYTES: usize = 256 * 1024;
+const PAGE: usize = PAGE_BYTES as usize;
+
+/// Why a stream ended before its time.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiveError {
+    /// The network.
+    #[error("a data stream broke: {0}")]
+    Io(#[from] io::Error),
+    /// TLS.
+    #[error("a data stream was altered or refused: {0}")]
+    Tls(#[from] rustls::Error),
+    /// A header breaks a rule.
+    #[error("a frame breaks the protocol: {0}")]
+    Frame(#[from] FrameError),
+    /// Guest memory.
+    #[error("guest memory cannot be written: {0}")]
+    Memory(#[from] palanquin_host::Error),
+    /// Frames in an order that no source sends.
+    #[error("a frame came out of turn: {0}")]
+    Order(&'static str),
+    /// More device state than this host accepts.
+    #[error("the device state is larger than the {0} bytes that this host accepts")]
+    DeviceStateSize(u64),
+}
+
+/// What the device state turned out to be.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceStateError {
+    /// It did not come.
+    #[error("the device state did not arrive in time")]
+    Timeout,
+    /// It is not what was sealed.
+    #[error("the device state is not the one that was sealed")]
+    Mismatch,
+}
+
+/// An authenticated stream of bytes.
+pub struct Inbound {
+    tcp: TcpStream,
+    tls: Connection,
+    wire: Vec<u8>,
+}
+
+impl Inbound {
+    /// Takes over an authenticated connection; what it has received already stays in it.
+    pub fn new(authenticated: Authenticated) -> Self {
+        let Authenticated { tcp, connection, .. } = authenticated;
+        Self { tcp, tls: connection, wire: vec![0; READ_BYTES] }
+    }
+
+    /// The socket, to close it from another thread.
+    ///
+    /// # Errors
+    ///
+    /// No more file descriptors.
+    pub fn socket(&self) -> io::Result<TcpStream> {
+        self.tcp.try_clone()
+    }
+
+    /// Fills the buffer; false if the other end said goodbye before its first byte.
+    fn read_exact(&mut self, buffer: &mut [u8]) -> Result<bool, ReceiveError> {
+        let mut filled = 0;
+        while filled < buffer.len() {
+            match self.tls.reader().fill_buf() {
+                // An orderly end.
+                Ok([]) if filled == 0 => return Ok(false),
+                Ok([]) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+                Ok(chunk) => {
+                    let count = chunk.len().min(buffer.len() - filled);
+                    buffer[filled..filled + count].copy_from_slice(&chunk[..count]);
+                    self.tls.reader().consume(count);
+                    filled += count;
+                    continue;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error.into()),
+            }
+            self.read_wire()?;
+        }
+        Ok(true)
+    }
+
+    fn read_wire(&mut self) -> Result<(), ReceiveError> {
+        let count = match self.tcp.read(&mut self.wire) {
+            Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        // From here rather than from the socket: the library reads 4 KiB at a time.
+        let mut rest = &self.wire[..count];
+        while !rest.is_empty() {
+            self.tls.read_tls(&mut rest)?;
+            self.tls.process_new_packets()?;
+        }
+        while self.tls.wants_write() {
+            self.tls.write_tls(&mut self.tcp)?;
+        }
+        self.tcp.flush()?;
+        Ok(())
+    }
+}
+
+/// The device state as it arrives.
+#[derive(Default)]
+pub struct DeviceState {
+    bytes: Mutex<Vec<u8>>,
+    arrived: Condvar,
+}
+
+impl DeviceState {
+    fn push(&self, piece: &[u8], limit: u64) -> Result<(), ReceiveError> {
+        let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        if (bytes.len() + piece.len()) as u64 > limit {
+            return Err(ReceiveError::DeviceStateSize(limit));
+        }
+        bytes.extend_from_slice(piece);
+        self.arrived.notify_all();
+        Ok(())
+    }
+
+    /// Takes the state that was sealed, waiting for the rest of it until the time is up.
+    ///
+    /// # Errors
+    ///
+    /// It did not come, or it is another.
+    pub fn take(&self, seal: &Seal, timeout: Duration) -> Result<Vec<u8>, DeviceStateError> {
+        let deadline = Instant::now() + timeout;
+        let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        while (bytes.len() as u64) < seal.device_state_bytes {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(DeviceStateError::Timeout);
+            }
+            bytes = self
+                .arrived
+                .wait_timeout(bytes, left)
+                .map_or_else(|poisoned| poisoned.into_inner().0, |(bytes, _)| bytes);
+        }
+        if bytes.len() as u64 != seal.device_state_bytes
+            || sha256(&bytes) != seal.device_state_sha256
+        {
+            return Err(DeviceStateError::Mismatch);
+        }
+        Ok(std::mem::take(&mut bytes))
+    }
+}
+
+/// What the threads share.
+pub struct Shared {
+    /// Guest memory.
+    pub ram: Arc<dyn GuestRam>,
+    /// Its layout.
+    pub layout: RamLayout,
+    /// Digests of what arrived.
+    pub digests: Digests,
+    /// The device state.
+    pub device_state: DeviceState,
+    /// Largest device state.
+    pub device_state_max: u64,
+    /// Guest page bytes that arrived.
+    pub guest_bytes: AtomicU64,
+}
+
+/// What a stream tells.
+pub enum Report {
+    /// It has delivered its part of the round.
+    RoundEnd {
+        /// The round.
+        round: u32,
+        /// Whether it was the last.
+        last: bool,
+    },
+    /// It ended before its time.
+    Failed(ReceiveError),
+}
+
+/// Receives until the other end says goodbye behind its last round.
+pub fn receive(inbound: &mut Inbound, index: u16, shared: &Shared, report: &dyn Fn(Report)) {
+    let mut stream = Stream { inbound, index, shared, last: false, buffer: Vec::new(), chunks: 0 };
+    if let Err(error) = stream.run(report) {
+        report(Report::Failed(error));
+    }
+}
+
+struct Stream<'a> {
+    inbound: &'a mut Inbound,
+    index: u16,
+    shared: &'a Shared,
+    last: bool,
+    buffer: Vec<u8>,
+    chunks: u32,
+}
+
+impl Stream<'_> {
+    fn run(&mut self, report: &dyn Fn(Report)) -> Result<(), ReceiveError> {
+        self.buffer = vec![0; PAYLOAD_MAX];
+        let mut header = [0; HEADER_BYTES];
+        loop {
+            if !self.inbound.read_exact(&mut header)? {
+                return if self.last {
+                    Ok(())
+                } else {
+                    Err(ReceiveError::Order("the end before the last round"))
+                };
+            }
+            let frame = Frame::decode(&header, &self.shared.layout)?;
+            let len = frame.payload_bytes();
+            let mut buffer = std::mem::take(&mut self.buffer);
+            let complete = len == 0 || self.inbound.read_exact(&mut buffer[..len])?;
+            self.buffer = buffer;
+            if !complete {
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+            }
+            match frame {
+                Frame::Pages(_) | Frame::Zero(_) | Frame::RoundEnd { .. } if self.last => {
+                    return Err(ReceiveError::Order("pages or a round behind the last round"));
+                }
+                Frame::Pages(block) => self.pages(block)?,
+                Frame::Zero(block) => self.zero(block)?,
+                Frame::RoundEnd { round, last } => {
+                    self.last = last;
+                    report(Report::RoundEnd { round, last });
+                }
+                Frame::DeviceState { chunk, .. } => {
+                    if self.index != 0 || !self.last || chunk != self.chunks {
+                        return Err(ReceiveError::Order("a piece of device state"));
+                    }
+                    self.chunks += 1;
+                    let limit = self.shared.device_state_max;
+                    self.shared.device_state.push(&self.buffer[..len], limit)?;
+                }
+            }
+        }
+    }
+
+    fn pages(&mut self, block: Block) -> Result<(), ReceiveError> {
+        let shared = self.shared;
+        let mut from = 0;
+        for run in block.runs() {
+            let first = block.first_page() + u64::from(run.start);
+            let len = (run.end - run.start) as usize * PAGE;
+            let bytes = &self.buffer[from..from + len];
+            shared.ram.write(usize::from(block.region), first * PAGE_BYTES, bytes)?;
+            for (page, contents) in (first..).zip(bytes.chunks_exact(PAGE)) {
+                // A page of zeros in this encoding would count as another memory on the other side.
+                shared.digests.set(block.region, page, contents);
+            }
+            from += len;
+        }
+        shared.guest_bytes.fetch_add(from as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn zero(&mut self, block: Block) -> Result<(), ReceiveError> {
+        let shared = self.shared;
+        for run in block.runs() {
+            let pages = block.first_page() + u64::from(run.start)
+                ..block.first_page() + u64::from(run.end);
+            let mut held_data = false;
+            for page in pages.clone() {
+                held_data |= shared.digests.set_zero(block.region, page);
+            }
+            // Memory that never held anything is a hole already.
+            if held_data {
+                let bytes = pages.start * PAGE_BYTES..pages.end * PAGE_BYTES;
+                shared.ram.discard(usize::from(block.region), bytes)?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,613 @@
+//! Drives [`palanquin_engine::Source`]: executes its actions on this machine and tells it how they ended.
+
+mod vm_worker;
+
+use std::io::Write;
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::Duration;
+
+use palanquin_api::control::{Downtime, Outcome, Phase};
+use palanquin_engine::ids::StreamSecret;
+use palanquin_engine::message::{Reason, Verdict};
+use palanquin_engine::pages::{PAGE_BYTES, PageSet, RamLayout};
+use palanquin_engine::source::{
+    AbortDisposition, Ending, Failure, Op, RoundMark, Source, SourceAction, SourceDone, SourcePhase,
+};
+use palanquin_engine::{Message, Time};
+use palanquin_host::vm::{Vm, WriteTracker};
+use tracing::{debug, info, warn};
+
+use self::vm_worker::{VmJob, VmWorker};
+use crate::agent::Agent;
+use crate::channel::{Channel, ChannelError};
+use crate::data_send::{Job, SendError, Senders, Shared};
+use crate::digest::Digests;
+use crate::fail_point::fail_point;
+use crate::stream_proof::{Opening, exporter_context};
+use crate::tls::{Authenticated, TlsError};
+use crate::tracked::{Tracked, api_error, ms};
+
+/// Longest time for a TCP connection to stand.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often progress is told.
+const TICK: Duration = Duration::from_millis(100);
+
+/// What happens to a session.
+pub enum SourceEvent {
+    /// A connection stands.
+    Connected(u32, Arc<Channel>),
+    /// It does not, or not any more.
+    Lost(u32, Reason),
+    /// A message arrived.
+    Message(u32, Message),
+    /// The streams stand, or not.
+    Streams(Op, Result<Vec<Authenticated>, Reason>),
+    /// One stream has ended its job.
+    StreamJob(Result<(), SendError>),
+    /// The VM worker has ended a job.
+    Vm(Op, Result<SourceDone, Failure>),
+    /// The device state was saved.
+    Saved(Op, Vec<u8>),
+    /// The hypervisor ended.
+    VmGone,
+    /// Somebody wants to abort; the answer says whether that is still possible.
+    Abort(Reason, Sender<AbortDisposition>),
+    /// The operator says what became of the VM.
+    Assert(Verdict),
+    /// Ask the destination now.
+    Redial,
+}
+
+/// Parameters beyond the engine's.
+pub struct SourceParams {
+    /// Limit of the rate.
+    pub bandwidth_bytes_per_s: Option<u64>,
+    /// Layout of the VM's RAM; absent after a restart.
+    pub layout: Option<RamLayout>,
+    /// Seed of the page digests.
+    pub digest_seed: u64,
+    /// Largest device state.
+    pub device_state_max: u64,
+}
+
+/// A source at work.
+pub struct SourceSession {
+    agent: Arc<Agent>,
+    engine: Source,
+    vm: Option<Arc<dyn Vm>>,
+    params: SourceParams,
+    tracked: Arc<Tracked>,
+    sender: Sender<SourceEvent>,
+    worker: VmWorker,
+    ended: Arc<AtomicBool>,
+    channel: Option<Arc<Channel>>,
+    tracker: Option<Box<dyn WriteTracker>>,
+    shared: Option<Arc<Shared>>,
+    senders: Option<Senders>,
+    /// The job that the streams are at, and how many of them still are.
+    jobs: Option<(Op, usize)>,
+    device_state: Option<Arc<Vec<u8>>>,
+    phase: SourcePhase,
+}
+
+impl SourceSession {
+    /// Takes the VM, where its hypervisor still lives.
+    ///
+    /// # Errors
+    ///
+    /// No thread can be had.
+    pub fn new(
+        agent: &Arc<Agent>,
+        engine: Source,
+        vm: Option<Arc<dyn Vm>>,
+        params: SourceParams,
+        tracked: &Arc<Tracked>,
+        sender: Sender<SourceEvent>,
+    ) -> std::io::Result<Self> {
+        let dir = agent.vm_dir(engine.order().vm);
+        let limit = params.device_state_max;
+        let worker = VmWorker::start(vm.clone(), dir, limit, engine.order().run, sender.clone())?;
+        let ended = Arc::new(AtomicBool::new(false));
+        if let Some(vm) = vm.clone() {
+            let (ended, sender) = (Arc::clone(&ended), sender.clone());
+            thread::Builder::new().name("vm-watch".to_owned()).spawn(move || {
+                while !ended.load(Ordering::Relaxed) {
+                    if vm.wait_ended(Duration::from_millis(500)) {
+                        let _ = sender.send(SourceEvent::VmGone);
+                        return;
+                    }
+                }
+            })?;
+        }
+        Ok(Self {
+            agent: Arc::clone(agent),
+            phase: engine.phase(),
+            engine,
+            vm,
+            params,
+            tracked: Arc::clone(tracked),
+            sender,
+            worker,
+            ended,
+            channel: None,
+            tracker: None,
+            shared: None,
+            senders: None,
+            jobs: None,
+            device_state: None,
+        })
+    }
+
+    /// Works until the migration has ended.
+    pub fn run(mut self, events: &Receiver<SourceEvent>) {
+        let ending = loop {
+            if let Some(ending) = self.execute_all() {
+                break ending;
+            }
+            self.publish();
+            let now = self.agent.now();
+            let until = self.engine.poll_timeout().map_or(TICK, |at| (at - now).min(TICK));
+            match events.recv_timeout(until) {
+                Ok(event) => self.handle(event),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    self.engine.handle_abort(now, Reason::new("internal", "the session lost its events"));
+                }
+            }
+            let now = self.agent.now();
+            if self.engine.poll_timeout().is_some_and(|at| now >= at) {
+                self.engine.handle_timeout(now);
+            }
+        };
+        self.stop_copying();
+        self.ended.store(true, Ordering::Relaxed);
+        if let Some(channel) = self.channel.take() {
+            channel.close();
+        }
+        self.vm = None;
+        self.finish(&ending);
+    }
+
+    fn handle(&mut self, event: SourceEvent) {
+        let now = self.agent.now();
+        match event {
+            SourceEvent::Connected(attempt, channel) => {
+                self.tracked.update(|info| {
+                    info.cipher = Some(channel.cipher.clone());
+                    info.key_exchange = Some(channel.key_exchange.clone());
+                });
+                self.channel = Some(channel);
+                self.engine.handle_connected(now, attempt);
+            }
+            SourceEvent::Lost(attempt, reason) => {
+                debug!(%reason, "connection lost");
+                self.engine.handle_connection_lost(now, attempt, reason);
+            }
+            SourceEvent::Message(attempt, message) => {
+                debug!(message = message.name(), "received");
+                if matches!(message, Message::Ready(_)) {
+                    fail_point("source-before-commit");
+                }
+                self.engine.handle_message(now, attempt, message);
+            }
+            SourceEvent::Streams(op, result) => self.streams_opened(now, op, result),
+            SourceEvent::StreamJob(result) => self.stream_job(now, result),
+            SourceEvent::Vm(op, result) => self.engine.handle_done(now, op, result),
+            SourceEvent::Saved(op, state) => {
+                let done = SourceDone::DeviceState {
+                    bytes: state.len() as u64,
+                    sha256: crate::digest::sha256(&state),
+                };
+                self.device_state = Some(Arc::new(state));
+                self.engine.handle_done(now, op, Ok(done));
+            }
+            SourceEvent::VmGone => self.engine.handle_vm_gone(now),
+            SourceEvent::Abort(reason, reply) => {
+                // Who asked may have gone away.
+                let _ = reply.send(self.engine.handle_abort(now, reason));
+            }
+            SourceEvent::Assert(verdict) => self.engine.handle_operator_verdict(now, verdict),
+            SourceEvent::Redial => self.engine.handle_redial(now),
+        }
+    }
+
+    fn execute_all(&mut self) -> Option<Ending> {
+        while let Some(action) = self.engine.poll_action() {
+            if let SourceAction::Finish(ending) = action {
+                return Some(ending);
+            }
+            self.execute(action);
+        }
+        None
+    }
+
+    fn execute(&mut self, action: SourceAction) {
+        match action {
+            SourceAction::Connect { attempt } => self.connect(attempt),
+            SourceAction::Send(message) => self.send(&message),
+            SourceAction::Disconnect => {
+                if let Some(channel) = self.channel.take() {
+                    channel.close();
+                }
+            }
+            SourceAction::Journal(op, record) => {
+                debug!(?record, "journal");
+                let result = self.agent.store.record_source(self.engine.order(), &record);
+                if let Ok(()) = result
+                    && matches!(record, palanquin_engine::SourceRecord::Committed(_))
+                {
+                    fail_point("source-after-commit-record");
+                }
+                self.report(op, result.map(|()| SourceDone::Done).map_err(|e| failure("journal", &e)));
+            }
+            SourceAction::OpenStreams { op, streams, secret } => {
+                self.tracked.update(|info| info.streams = streams);
+                self.open_streams(op, streams, secret);
+            }
+            SourceAction::StartTracking(op) => {
+                let result = self.start_tracking();
+                self.report(op, result.map(|()| SourceDone::Done));
+            }
+            SourceAction::Collect { op, first } => {
+                let result = self.collect(first);
+                self.report(op, result.map(SourceDone::Collected));
+            }
+            SourceAction::SendPages { op, pages, round, then } => {
+                self.send_pages(op, pages, round, then);
+            }
+            SourceAction::Pause(op) => self.worker.give(VmJob::Pause(op)),
+            SourceAction::SaveDeviceState(op) => self.worker.give(VmJob::Save(op)),
+            SourceAction::Resume(op) => self.worker.give(VmJob::Resume(op)),
+            SourceAction::Erase(op) => self.worker.give(VmJob::Erase(op)),
+            SourceAction::SendDeviceState(op) => match (&self.senders, self.device_state.take()) {
+                (Some(senders), Some(state)) => {
+                    senders.first(Job::DeviceState(state));
+                    self.jobs = Some((op, 1));
+                }
+                _ => self.report(op, Err(missing("device state"))),
+            },
+            SourceAction::ComputeRoot(op) => {
+                let root = self.shared.as_ref().map(|shared| shared.digests.root());
+                self.report(op, root.map(SourceDone::Root).ok_or_else(|| missing("digests")));
+            }
+            SourceAction::StopCopying => self.stop_copying(),
+            // Taken out by the caller.
+            SourceAction::Finish(_) => {}
+        }
+    }
+
+    fn report(&mut self, op: Op, result: Result<SourceDone, Failure>) {
+        let now = self.agent.now();
+        self.engine.handle_done(now, op, result);
+    }
+
+    fn send(&mut self, message: &Message) {
+        let Some(channel) = &self.channel else { return };
+        debug!(message = message.name(), "send");
+        // A channel that broke is reported by the thread that receives from it.
+        if let Err(error) = channel.send(message) {
+            debug!(%error, "send failed");
+            channel.close();
+        }
+        if matches!(message, Message::Commit(_)) {
+            fail_point("source-after-commit-sent");
+        }
+    }
+
+    fn connect(&self, attempt: u32) {
+        let (agent, sender) = (Arc::clone(&self.agent), self.sender.clone());
+        let host = self.engine.order().destination.clone();
+        let work = move || {
+            let channel = match dial(&agent, &host, false).and_then(|connection| {
+                Channel::new(connection).map_err(|error| Reason::new("connection", error.to_string()))
+            }) {
+                Ok(channel) => Arc::new(channel),
+                Err(reason) => {
+                    let _ = sender.send(SourceEvent::Lost(attempt, reason));
+                    return;
+                }
+            };
+            if sender.send(SourceEvent::Connected(attempt, Arc::clone(&channel))).is_err() {
+                return;
+            }
+            loop {
+                let event = match channel.receive() {
+                    Ok(message) => SourceEvent::Message(attempt, message),
+                    Err(error) => SourceEvent::Lost(attempt, channel_reason(&error)),
+                };
+                let lost = matches!(event, SourceEvent::Lost(..));
+                if sender.send(event).is_err() || lost {
+                    return;
+                }
+            }
+        };
+        self.spawn("control", attempt, work);
+    }
+
+    fn spawn(&self, name: &str, attempt: u32, work: impl FnOnce() + Send + 'static) {
+        if let Err(error) = thread::Builder::new().name(name.to_owned()).spawn(work) {
+            let reason = Reason::new("internal", format!("no thread for the connection: {error}"));
+            let _ = self.sender.send(SourceEvent::Lost(attempt, reason));
+        }
+    }
+
+    fn open_streams(&self, op: Op, streams: u16, secret: StreamSecret) {
+        let (agent, sender) = (Arc::clone(&self.agent), self.sender.clone());
+        let host = self.engine.order().destination.clone();
+        let migration = self.engine.order().migration;
+        let work = move || {
+            let open = |index| -> Result<Authenticated, Reason> {
+                let mut stream = dial(&agent, &host, true)?;
+                let exporter = stream
+                    .exporter(&exporter_context(migration, index))
+                    .map_err(|error| Reason::new("connection", error.to_string()))?;
+                let opening = Opening::new(&secret, migration, index, &exporter);
+                let broke = |error: std::io::Error| Reason::new("connection", error.to_string());
+                stream.connection.writer().write_all(&opening.encode()).map_err(broke)?;
+                while stream.connection.wants_write() {
+                    stream.connection.write_tls(&mut stream.tcp).map_err(broke)?;
+                }
+                Ok(stream)
+            };
+            let streams = (0..streams).map(open).collect();
+            let _ = sender.send(SourceEvent::Streams(op, streams));
+        };
+        self.spawn("open-streams", u32::MAX, work);
+    }
+
+    fn streams_opened(&mut self, now: Time, op: Op, result: Result<Vec<Authenticated>, Reason>) {
+        let started = result.and_then(|connections| {
+            let shared = self.make_shared()?;
+            let sender = self.sender.clone();
+            let report = move |result| {
+                let _ = sender.send(SourceEvent::StreamJob(result));
+            };
+            let senders = Senders::start(connections, &shared, &report)
+                .map_err(|error| Reason::new("internal", error.to_string()))?;
+            self.shared = Some(shared);
+            self.senders = Some(senders);
+            Ok(SourceDone::Done)
+        });
+        let result = started.map_err(|reason| Failure { reason, vm_gone: false });
+        self.engine.handle_done(now, op, result);
+    }
+
+    fn make_shared(&self) -> Result<Arc<Shared>, Reason> {
+        let (Some(vm), Some(layout)) = (&self.vm, &self.params.layout) else {
+            return Err(Reason::new("internal", "there is no VM to copy"));
+        };
+        let ram = vm.ram().map_err(|error| Reason::new("memory", chain(&error)))?;
+        Ok(Arc::new(Shared {
+            ram,
+            digests: Arc::new(Digests::new(layout, self.params.digest_seed)),
+            counters: Default::default(),
+            pace: crate::pace::Pace::new(self.params.bandwidth_bytes_per_s),
+        }))
+    }
+
+    fn start_tracking(&mut self) -> Result<(), Failure> {
+        let vm = self.vm.as_ref().ok_or_else(|| missing("VM"))?;
+        vm.prepare_to_save().map_err(|error| failure("prepare", &error))?;
+        self.tracker = Some(vm.track_writes().map_err(|error| failure("tracking", &error))?);
+        Ok(())
+    }
+
+    fn collect(&mut self, first: bool) -> Result<PageSet, Failure> {
+        if self.engine.progress().rounds == 2 && !first {
+            fail_point("source-round");
+        }
+        let (Some(tracker), Some(layout), Some(shared)) =
+            (&mut self.tracker, &self.params.layout, &self.shared)
+        else {
+            return Err(missing("tracking"));
+        };
+        let mut pages = PageSet::empty(layout);
+        tracker
+            .collect(&mut |region, range| {
+                if !first {
+                    pages.insert(region, range);
+                }
+            })
+            .map_err(|error| failure("tracking", &error))?;
+        if first {
+            // Tracking is armed now: what is filled from here on is collected later, holes are never touched.
+            for region in 0..layout.regions() {
+                let extents = shared.ram.data_extents(region);
+                for extent in extents.map_err(|error| failure("memory", &error))? {
+                    pages.insert(region, extent.start / PAGE_BYTES..extent.end.div_ceil(PAGE_BYTES));
+                }
+            }
+        }
+        Ok(pages)
+    }
+
+    fn send_pages(&mut self, op: Op, pages: PageSet, round: u32, then: RoundMark) {
+        let Some(senders) = &self.senders else {
+            return self.report(op, Err(missing("streams")));
+        };
+        let mut jobs = senders.count();
+        senders.all(&Job::Pages(Arc::new(pages)));
+        if then != RoundMark::None {
+            senders.all(&Job::RoundEnd { round, last: then == RoundMark::Last });
+            jobs += senders.count();
+        }
+        self.jobs = Some((op, jobs));
+    }
+
+    fn stream_job(&mut self, now: Time, result: Result<(), SendError>) {
+        match (result, &mut self.jobs) {
+            (Ok(()), Some((op, left))) => {
+                *left -= 1;
+                if *left == 0 {
+                    let op = *op;
+                    self.jobs = None;
+                    self.engine.handle_done(now, op, Ok(SourceDone::Done));
+                }
+            }
+            (Err(SendError::Cancelled), _) | (Ok(()), None) => {}
+            (Err(error), jobs) => {
+                let op = jobs.take().map(|(op, _)| op);
+                let reason = Reason::new("connection-lost", error.to_string());
+                match op {
+                    Some(op) => {
+                        self.engine.handle_done(now, op, Err(Failure { reason, vm_gone: false }));
+                    }
+                    None => drop(self.engine.handle_abort(now, reason)),
+                }
+            }
+        }
+    }
+
+    fn stop_copying(&mut self) {
+        if let Some(senders) = self.senders.take()
+            && self.engine.verified_root().is_none()
+        {
+            senders.cancel();
+        }
+        self.tracker = None;
+        self.shared = None;
+        self.jobs = None;
+        self.device_state = None;
+    }
+
+    fn publish(&mut self) {
+        if let Some(shared) = &self.shared {
+            self.engine.handle_sent(shared.counters.read());
+        }
+        let phase = self.engine.phase();
+        if phase != self.phase {
+            info!(?phase, rounds = self.engine.progress().rounds, "phase");
+            self.phase = phase;
+        }
+        let now = self.agent.now();
+        let (engine, ram_bytes) = (&self.engine, self.params.layout.as_ref());
+        self.tracked.update(|info| {
+            let progress = engine.progress();
+            info.phase = match phase {
+                SourcePhase::Preparing => Phase::Preparing,
+                SourcePhase::Reserving => Phase::Reserving,
+                SourcePhase::PreCopy => Phase::PreCopy,
+                SourcePhase::Switchover => Phase::Switchover,
+                SourcePhase::Committing => Phase::Committing,
+                SourcePhase::InDoubt => Phase::InDoubt,
+                SourcePhase::Finishing | SourcePhase::Ended => Phase::Erasing,
+            };
+            info.outcome = (phase == SourcePhase::InDoubt).then_some(Outcome::InDoubt);
+            info.reason = engine.reason().map(|reason| reason.message.clone());
+            info.rounds = progress.rounds;
+            info.total_time_ms = ms(now - progress.began);
+            let parts = progress.downtime;
+            info.downtime_ms = ms(parts.total());
+            info.downtime = Downtime {
+                pause_ms: ms(parts.pause),
+                final_pages_ms: ms(parts.final_pages),
+                device_state_ms: ms(parts.device_state),
+                commit_ms: ms(parts.commit),
+                resume_ms: ms(parts.resume),
+            };
+            info.predicted_downtime_ms = progress.predicted_downtime.map(ms);
+            info.bytes_on_wire = progress.sent.wire_bytes;
+            info.bytes_guest = progress.sent.pages_raw * PAGE_BYTES;
+            info.bytes_remaining = progress.round_remaining_pages() * PAGE_BYTES;
+            info.rate_bytes_per_s = progress.predictor.rate_bytes_per_s();
+            info.dirty_rate_bytes_per_s = progress.predictor.dirty_rate_bytes_per_s();
+            info.percent = progress.percent();
+            info.pages_sent = progress.sent.pages_raw;
+            info.pages_zero = progress.sent.pages_zero;
+            info.pages_resent = progress.pages_resent;
+            if let Some(layout) = ram_bytes {
+                info.ram_bytes = layout.total_bytes();
+            }
+            if let Some(root) = engine.verified_root() {
+                info.memory_root = Some(root.to_string());
+                info.verified = true;
+            }
+        });
+    }
+
+    fn finish(mut self, ending: &Ending) {
+        self.publish();
+        let (outcome, reason, blockers) = match ending {
+            Ending::Completed => (Outcome::Completed, self.engine.reason().cloned(), Vec::new()),
+            Ending::RunningOnSource(reason, blockers) => {
+                (Outcome::RunningOnSource, Some(reason.clone()), blockers.clone())
+            }
+            Ending::VmLost(reason) => (Outcome::VmEnded, Some(reason.clone()), Vec::new()),
+        };
+        match outcome {
+            Outcome::Completed => info!("completed"),
+            _ => warn!(reason = %reason.as_ref().map_or("", |r| &r.message), ?outcome, "ended"),
+        }
+        self.agent.source_ended(self.engine.order(), ending);
+        self.tracked.forget_session();
+        self.tracked.update(|info| {
+            info.phase = Phase::Done;
+            info.outcome = Some(outcome);
+            if outcome == Outcome::Completed {
+                info.percent = 100.0;
+            } else if let Some(reason) = &reason {
+                info.error = Some(api_error(reason, &blockers, outcome));
+            }
+            info.reason = reason.map(|reason| reason.message);
+        });
+        self.agent.keep_info(&self.tracked.info());
+    }
+}
+
+/// Opens an authenticated connection to a host of the configuration.
+pub fn dial(agent: &Agent, host: &str, data: bool) -> Result<Authenticated, Reason> {
+    let Some(address) = agent.address_of(host) else {
+        return Err(Reason::new("unreachable", format!("host {host:?} is not in the configuration")));
+    };
+    let tcp = TcpStream::connect_timeout(&address, CONNECT_TIMEOUT).map_err(|error| {
+        Reason::new("unreachable", format!("host {host:?} cannot be reached at {address}: {error}"))
+    })?;
+    let prepared = tcp.set_nodelay(true);
+    prepared.map_err(|error| Reason::new("connection", error.to_string()))?;
+    agent.tls.connect(tcp, host, data).map_err(|error| tls_reason(&error))
+}
+
+/// What a failed handshake means for a migration.
+pub fn tls_reason(error: &TlsError) -> Reason {
+    let code = if error.is_refusal() { "identity-refused" } else { "connection" };
+    Reason::new(code, chain(error))
+}
+
+fn channel_reason(error: &ChannelError) -> Reason {
+    // The other end's verdict on our certificate arrives with its first answer (RFC 8446, section 4.4.2.4).
+    let code = match error {
+        ChannelError::Tls(rustls::Error::AlertReceived(_)) => "identity-refused",
+        _ => "connection-lost",
+    };
+    Reason::new(code, chain(error))
+}
+
+/// An error with all its causes in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+fn failure(code: &str, error: &(dyn std::error::Error + 'static)) -> Failure {
+    let vm_gone = error
+        .downcast_ref::<palanquin_host::Error>()
+        .is_some_and(palanquin_host::Error::is_process_gone);
+    Failure { reason: Reason::new(code, chain(error)), vm_gone }
+}
+
+fn missing(what: &str) -> Failure {
+    Failure { reason: Reason::new("internal", format!("no {what} at this point")), vm_gone: false }
+}

@@ -1,0 +1,122 @@
+//! Executes what concerns the VM one at a time and in order, because a pause must never overtake a resume.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+
+use palanquin_engine::message::Reason;
+use palanquin_engine::source::{Failure, Op, SourceDone};
+use palanquin_host::vm::{RunState, Vm};
+use tracing::debug;
+
+use super::{SourceEvent, chain, failure};
+
+/// Something to do with the VM.
+pub(super) enum VmJob {
+    Pause(Op),
+    Save(Op),
+    Resume(Op),
+    Erase(Op),
+}
+
+/// The thread that does it.
+pub(super) struct VmWorker {
+    jobs: Sender<VmJob>,
+}
+
+struct Work {
+    vm: Option<Arc<dyn Vm>>,
+    dir: PathBuf,
+    state_limit: u64,
+    run: bool,
+    events: Sender<SourceEvent>,
+}
+
+impl VmWorker {
+    pub(super) fn start(
+        vm: Option<Arc<dyn Vm>>,
+        dir: PathBuf,
+        state_limit: u64,
+        run: bool,
+        events: Sender<SourceEvent>,
+    ) -> io::Result<Self> {
+        let (jobs, receiver) = channel();
+        let work = Work { vm, dir, state_limit, run, events };
+        thread::Builder::new().name("vm-work".to_owned()).spawn(move || work.run(&receiver))?;
+        Ok(Self { jobs })
+    }
+
+    pub(super) fn give(&self, job: VmJob) {
+        // The thread lives as long as this sender does.
+        let _ = self.jobs.send(job);
+    }
+}
+
+impl Work {
+    fn run(self, jobs: &Receiver<VmJob>) {
+        while let Ok(job) = jobs.recv() {
+            let event = match job {
+                VmJob::Pause(op) => SourceEvent::Vm(op, self.pause()),
+                VmJob::Save(op) => match self.save() {
+                    Ok(state) => SourceEvent::Saved(op, state),
+                    Err(failure) => SourceEvent::Vm(op, Err(failure)),
+                },
+                VmJob::Resume(op) => SourceEvent::Vm(op, self.resume()),
+                VmJob::Erase(op) => SourceEvent::Vm(op, self.erase()),
+            };
+            if self.events.send(event).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn vm(&self) -> Result<&Arc<dyn Vm>, Failure> {
+        self.vm.as_ref().ok_or_else(|| Failure {
+            reason: Reason::new("vm-ended", "the VM's hypervisor ended on the source"),
+            vm_gone: true,
+        })
+    }
+
+    fn pause(&self) -> Result<SourceDone, Failure> {
+        self.vm()?.pause().map_err(|error| failure("pause", &error))?;
+        Ok(SourceDone::Done)
+    }
+
+    fn save(&self) -> Result<Vec<u8>, Failure> {
+        self.vm()?.save_device_state(self.state_limit).map_err(|error| failure("device-state", &error))
+    }
+
+    fn resume(&self) -> Result<SourceDone, Failure> {
+        let vm = self.vm()?;
+        let state = vm.run_state().map_err(|error| failure("resume", &error))?;
+        debug!(?state, run = self.run, "resume");
+        match state {
+            RunState::Paused if self.run => {
+                vm.resume().map_err(|error| failure("resume", &error))?;
+            }
+            RunState::Ended => {
+                return Err(Failure {
+                    reason: Reason::new("vm-ended", "the guest ended on the source"),
+                    vm_gone: true,
+                });
+            }
+            RunState::Running | RunState::Paused | RunState::Incoming => {}
+        }
+        Ok(SourceDone::Done)
+    }
+
+    fn erase(&self) -> Result<SourceDone, Failure> {
+        if let Some(vm) = &self.vm {
+            vm.terminate().map_err(|error| failure("erase", &error))?;
+        }
+        match std::fs::remove_dir_all(&self.dir) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Failure {
+                reason: Reason::new("erase", chain(&error)),
+                vm_gone: false,
+            }),
+            _ => Ok(SourceDone::Done),
+        }
+    }
+}

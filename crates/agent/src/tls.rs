@@ -1,0 +1,311 @@
+//! TLS 1.3 with certificates on both sides, and the names found in them.
+//!
+//! X25519MLKEM768 comes first in the key agreement, so that what is recorded today stays unreadable to a
+//! quantum computer; AES-128-GCM comes first among the ciphers, because it is the fastest with hardware support.
+
+use std::fs;
+use std::io;
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{ClientConfig, Connection, RootCertStore, ServerConfig, version};
+
+use crate::identity::{Identity, IdentityError, Kind};
+
+/// ALPN name of a control connection.
+pub const ALPN_CONTROL: &[u8] = b"palanquin-control/1";
+/// ALPN name of a data stream.
+pub const ALPN_DATA: &[u8] = b"palanquin-data/1";
+/// Longest time from the first byte to an authenticated connection.
+pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Why there is no authenticated connection.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// A file of the configuration.
+    #[error("{path}: {problem}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The library refuses the configuration.
+    #[error("these certificates and keys cannot be used")]
+    Config(#[source] rustls::Error),
+    /// This host's certificate.
+    #[error("this host's certificate is not a host's certificate")]
+    OwnIdentity(#[source] IdentityError),
+    /// This host's certificate has another name.
+    #[error("this host's certificate names {found}, the configuration says host {expected:?}")]
+    OwnName {
+        /// In the certificate.
+        found: Identity,
+        /// In the configuration.
+        expected: String,
+    },
+    /// The connection broke during the handshake.
+    #[error("the connection broke during the TLS handshake")]
+    Io(#[source] io::Error),
+    /// Certificates or protocol.
+    #[error("the TLS handshake failed")]
+    Handshake(#[source] rustls::Error),
+    /// No answer in time.
+    #[error("the TLS handshake took longer than {} s", HANDSHAKE_DEADLINE.as_secs())]
+    Timeout,
+    /// The other end has no name.
+    #[error("the other end's certificate gives no name")]
+    PeerIdentity(#[source] IdentityError),
+    /// The other end is not a host.
+    #[error("the other end is {0}, not a host of this trust domain")]
+    NotAHost(Identity),
+    /// The other end is another host.
+    #[error("the other end is host {found:?}, expected {expected:?}")]
+    OtherHost {
+        /// In the certificate.
+        found: String,
+        /// Wanted.
+        expected: String,
+    },
+}
+
+impl TlsError {
+    /// Whether identities are to blame, rather than the network or a file.
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Self::PeerIdentity(_) | Self::NotAHost(_) | Self::OtherHost { .. } => true,
+            Self::Handshake(error) => matches!(
+                error,
+                rustls::Error::InvalidCertificate(_)
+                    | rustls::Error::NoCertificatesPresented
+                    | rustls::Error::AlertReceived(_)
+            ),
+            _ => false,
+        }
+    }
+}
+
+/// This host's identity and whom it trusts.
+pub struct Tls {
+    /// This host.
+    pub identity: Identity,
+    client: Arc<ClientConfig>,
+    client_data: Arc<ClientConfig>,
+    server: Arc<ServerConfig>,
+}
+
+/// An authenticated connection.
+pub struct Authenticated {
+    /// The socket.
+    pub tcp: TcpStream,
+    /// The TLS state.
+    pub connection: Connection,
+    /// The other end: always a host of our trust domain.
+    pub peer: Identity,
+}
+
+impl Authenticated {
+    /// Name of the cipher suite.
+    pub fn cipher(&self) -> String {
+        let suite = self.connection.negotiated_cipher_suite();
+        suite.map_or_else(String::new, |suite| format!("{:?}", suite.suite()))
+    }
+
+    /// Name of the key agreement.
+    pub fn key_exchange(&self) -> String {
+        let group = self.connection.negotiated_key_exchange_group();
+        group.map_or_else(String::new, |group| format!("{:?}", group.name()))
+    }
+
+    /// Whether this is a data stream rather than a control connection.
+    pub fn is_data(&self) -> bool {
+        self.connection.alpn_protocol() == Some(ALPN_DATA)
+    }
+
+    /// Keying material of this connection alone (RFC 8446, section 7.5).
+    ///
+    /// # Errors
+    ///
+    /// The handshake is not complete.
+    pub fn exporter(&self, context: &[u8]) -> Result<[u8; 32], rustls::Error> {
+        self.connection.export_keying_material([0; 32], b"EXPORTER-palanquin-data-stream", Some(context))
+    }
+}
+
+fn provider() -> CryptoProvider {
+    CryptoProvider {
+        kx_groups: vec![
+            aws_lc_rs::kx_group::X25519MLKEM768,
+            aws_lc_rs::kx_group::X25519,
+            aws_lc_rs::kx_group::SECP256R1,
+        ],
+        cipher_suites: vec![
+            aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256,
+            aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384,
+            aws_lc_rs::cipher_suite::TLS13_CHACHA20_POLY1305_SHA256,
+        ],
+        ..aws_lc_rs::default_provider()
+    }
+}
+
+impl Tls {
+    /// Reads the files.
+    ///
+    /// # Errors
+    ///
+    /// A file is missing, unreadable or not what it should be; the certificate names another host.
+    pub fn load(ca: &Path, certificate: &Path, key: &Path, name: &str) -> Result<Self, TlsError> {
+        let file = |path: &Path, problem: String| TlsError::File { path: path.to_owned(), problem };
+        let read = |path: &Path| fs::read(path).map_err(|error| file(path, error.to_string()));
+        let certificates = |path: &Path| -> Result<Vec<CertificateDer<'static>>, TlsError> {
+            let list: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&read(path)?).collect();
+            match list {
+                Ok(list) if !list.is_empty() => Ok(list),
+                Ok(_) => Err(file(path, "no certificate in it".to_owned())),
+                Err(error) => Err(file(path, error.to_string())),
+            }
+        };
+        let mut roots = RootCertStore::empty();
+        for root in certificates(ca)? {
+            roots.add(root).map_err(TlsError::Config)?;
+        }
+        let roots = Arc::new(roots);
+        let chain = certificates(certificate)?;
+        let own = chain.first().map_or(&[][..], |leaf| leaf.as_ref());
+        let identity = Identity::of_certificate(own).map_err(TlsError::OwnIdentity)?;
+        if identity.kind != Kind::Host || identity.name != name {
+            return Err(TlsError::OwnName { found: identity, expected: name.to_owned() });
+        }
+        let key_der = PrivateKeyDer::from_pem_slice(&read(key)?)
+            .map_err(|error| file(key, error.to_string()))?;
+
+        let provider = Arc::new(provider());
+        let versions = &[&version::TLS13];
+        let mut client = ClientConfig::builder_with_provider(Arc::clone(&provider))
+            .with_protocol_versions(versions)
+            .map_err(TlsError::Config)?
+            .with_root_certificates(Arc::clone(&roots))
+            .with_client_auth_cert(chain.clone(), key_der.clone_key())
+            .map_err(TlsError::Config)?;
+        // Every connection authenticates itself anew.
+        client.resumption = rustls::client::Resumption::disabled();
+        client.alpn_protocols = vec![ALPN_CONTROL.to_vec()];
+        let mut client_data = client.clone();
+        client_data.alpn_protocols = vec![ALPN_DATA.to_vec()];
+
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider))
+            .build()
+            .map_err(|error| file(ca, error.to_string()))?;
+        let mut server = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(versions)
+            .map_err(TlsError::Config)?
+            .with_client_cert_verifier(verifier)
+            .with_single_cert(chain, key_der)
+            .map_err(TlsError::Config)?;
+        server.alpn_protocols = vec![ALPN_CONTROL.to_vec(), ALPN_DATA.to_vec()];
+        // No tickets: nobody resumes, and unread bytes would turn a close into a reset.
+        server.send_tls13_tickets = 0;
+        Ok(Self {
+            identity,
+            client: Arc::new(client),
+            client_data: Arc::new(client_data),
+            server: Arc::new(server),
+        })
+    }
+
+    /// Authenticates a connection that this host opened to the host of that name.
+    ///
+    /// # Errors
+    ///
+    /// No handshake in time, or the other end is not that host.
+    pub fn connect(&self, tcp: TcpStream, host: &str, data: bool) -> Result<Authenticated, TlsError> {
+        let config = if data { &self.client_data } else { &self.client };
+        let name = ServerName::try_from(host.to_owned())
+            .map_err(|_| TlsError::OtherHost { found: String::new(), expected: host.to_owned() })?;
+        let connection = rustls::ClientConnection::new(Arc::clone(config), name)
+            .map_err(TlsError::Handshake)?;
+        let authenticated = self.handshake(tcp, connection.into())?;
+        if authenticated.peer.name == host {
+            Ok(authenticated)
+        } else {
+            let found = authenticated.peer.name;
+            Err(TlsError::OtherHost { found, expected: host.to_owned() })
+        }
+    }
+
+    /// Authenticates a connection that another host opened.
+    ///
+    /// # Errors
+    ///
+    /// No handshake in time, or the other end is not a host.
+    pub fn accept(&self, tcp: TcpStream) -> Result<Authenticated, TlsError> {
+        let connection = rustls::ServerConnection::new(Arc::clone(&self.server))
+            .map_err(TlsError::Handshake)?;
+        self.handshake(tcp, connection.into())
+    }
+
+    fn handshake(&self, tcp: TcpStream, connection: Connection) -> Result<Authenticated, TlsError> {
+        let mut connection = connection;
+        let mut socket = &tcp;
+        let deadline = Instant::now() + HANDSHAKE_DEADLINE;
+        // A server answers the client's last flight with nothing, so a client that was refused only learns it
+        // from its first read: both sides count as connected when their own part is done.
+        while connection.is_handshaking() || connection.wants_write() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(TlsError::Timeout);
+            }
+            tcp.set_read_timeout(Some(left)).map_err(TlsError::Io)?;
+            tcp.set_write_timeout(Some(left)).map_err(TlsError::Io)?;
+            let step = if connection.wants_write() {
+                connection.write_tls(&mut socket).map(|_| ())
+            } else {
+                read_step(&mut connection, &mut socket)?
+            };
+            match step {
+                Ok(()) => {}
+                Err(error) if is_timeout(&error) => return Err(TlsError::Timeout),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(TlsError::Io(error)),
+            }
+        }
+        tcp.set_read_timeout(None).map_err(TlsError::Io)?;
+        tcp.set_write_timeout(None).map_err(TlsError::Io)?;
+        let leaf = connection.peer_certificates().and_then(<[_]>::first);
+        let peer = leaf.map_or(Err(IdentityError::UriCount(0)), |leaf| {
+            Identity::of_certificate(leaf)
+        });
+        let peer = peer.map_err(TlsError::PeerIdentity)?;
+        if peer.kind != Kind::Host || peer.trust_domain != self.identity.trust_domain {
+            return Err(TlsError::NotAHost(peer));
+        }
+        Ok(Authenticated { tcp, connection, peer })
+    }
+}
+
+/// One read from the socket. Errors of TLS are told to the other end before they are returned.
+fn read_step(connection: &mut Connection, socket: &mut &TcpStream) -> Result<io::Result<()>, TlsError> {
+    match connection.read_tls(socket) {
+        Ok(0) => Ok(Err(io::ErrorKind::UnexpectedEof.into())),
+        Ok(_) => match connection.process_new_packets() {
+            Ok(_) => Ok(Ok(())),
+            Err(error) => {
+                // Best effort: the alert tells the other end why.
+                let _ = connection.write_tls(socket);
+                Err(TlsError::Handshake(error))
+            }
+        },
+        Err(error) => Ok(Err(error)),
+    }
+}
+
+/// Whether a socket's deadline has passed.
+pub fn is_timeout(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
+}

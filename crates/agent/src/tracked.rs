@@ -1,0 +1,192 @@
+//! What people may see of a migration, and how they reach it.
+
+use std::sync::mpsc::Sender;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use palanquin_api::control::{ApiError, ErrorKind, MigrationInfo, Outcome, Phase, Side, Strategy};
+use palanquin_engine::message::{Reason, WireBlocker};
+use palanquin_engine::order::Order;
+use uuid::Uuid;
+
+use crate::destination_session::DestinationEvent;
+use crate::source_session::SourceEvent;
+
+/// The session that works on a migration.
+#[derive(Clone)]
+pub enum Session {
+    /// We are its source.
+    Source(Sender<SourceEvent>),
+    /// We are its destination.
+    Destination(Sender<DestinationEvent>),
+}
+
+/// A migration that this agent knows.
+pub struct Tracked {
+    info: Mutex<MigrationInfo>,
+    changed: Condvar,
+    session: Mutex<Option<Session>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Tracked {
+    /// With a session, or without one for a migration that has ended.
+    pub fn new(info: MigrationInfo, session: Option<Session>) -> Self {
+        Self { info: Mutex::new(info), changed: Condvar::new(), session: Mutex::new(session) }
+    }
+
+    /// As it stands.
+    pub fn info(&self) -> MigrationInfo {
+        lock(&self.info).clone()
+    }
+
+    /// Changes it and wakes who watches.
+    pub fn update(&self, change: impl FnOnce(&mut MigrationInfo)) {
+        let mut info = lock(&self.info);
+        let percent = info.percent;
+        change(&mut info);
+        info.percent = info.percent.max(percent);
+        info.revision += 1;
+        self.changed.notify_all();
+    }
+
+    /// Waits until it has changed since that revision, or is done, or the time is up.
+    pub fn wait_change(&self, after: u64, timeout: Duration) -> MigrationInfo {
+        self.wait(timeout, |info| info.revision > after || info.phase == Phase::Done)
+    }
+
+    /// Waits until it is done or the time is up.
+    pub fn wait_done(&self, timeout: Duration) -> MigrationInfo {
+        self.wait(timeout, |info| info.phase == Phase::Done)
+    }
+
+    fn wait(&self, timeout: Duration, until: impl Fn(&MigrationInfo) -> bool) -> MigrationInfo {
+        let deadline = Instant::now() + timeout;
+        let mut info = lock(&self.info);
+        while !until(&info) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            info = self
+                .changed
+                .wait_timeout(info, left)
+                .map_or_else(|poisoned| poisoned.into_inner().0, |(info, _)| info);
+        }
+        info.clone()
+    }
+
+    /// The session, while there is one.
+    pub fn session(&self) -> Option<Session> {
+        lock(&self.session).clone()
+    }
+
+    /// The session has ended.
+    pub fn forget_session(&self) {
+        *lock(&self.session) = None;
+    }
+}
+
+/// A migration at its beginning.
+pub fn info_of(order: &Order, side: Side, ram_bytes: u64) -> MigrationInfo {
+    MigrationInfo {
+        id: Uuid::from_bytes(order.migration.0),
+        vm: order.vm_name.clone(),
+        vm_uuid: Uuid::from_bytes(order.vm.0),
+        from: order.source.clone(),
+        to: order.destination.clone(),
+        side,
+        phase: Phase::Preparing,
+        outcome: None,
+        reason: None,
+        error: None,
+        strategy: Strategy::PreCopy,
+        rounds: 0,
+        total_time_ms: 0.0,
+        downtime_ms: 0.0,
+        downtime: Default::default(),
+        predicted_downtime_ms: None,
+        bytes_on_wire: 0,
+        bytes_guest: 0,
+        bytes_remaining: 0,
+        rate_bytes_per_s: 0,
+        dirty_rate_bytes_per_s: 0,
+        percent: 0.0,
+        pages_sent: 0,
+        pages_zero: 0,
+        pages_resent: 0,
+        ram_bytes,
+        streams: 0,
+        cipher: None,
+        key_exchange: None,
+        memory_root: None,
+        verified: false,
+        epoch: order.epoch.next().0,
+        revision: 1,
+    }
+}
+
+/// Milliseconds with their fraction.
+pub fn ms(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// A reason and its blockers as the control interface tells them.
+pub fn api_error(reason: &Reason, blockers: &[WireBlocker], outcome: Outcome) -> ApiError {
+    let (kind, hint) = classify(&reason.code, outcome);
+    ApiError {
+        kind,
+        message: reason.message.clone(),
+        causes: Vec::new(),
+        hint: hint.map(str::to_owned),
+        blockers: blockers.iter().map(api_blocker).collect(),
+    }
+}
+
+/// A blocker that the destination named.
+pub fn api_blocker(blocker: &WireBlocker) -> palanquin_api::control::Blocker {
+    palanquin_api::control::Blocker {
+        side: Side::Destination,
+        code: blocker.code.clone(),
+        message: blocker.message.clone(),
+        remedy: blocker.remedy.clone(),
+    }
+}
+
+fn classify(code: &str, outcome: Outcome) -> (ErrorKind, Option<&'static str>) {
+    match (outcome, code) {
+        (Outcome::InDoubt, "destination-forgot") => (
+            ErrorKind::InDoubt,
+            Some(
+                "look at the destination; then `palanquin migration resolve ID --assert \
+                 destination-lost-it` or `destination-runs-it`",
+            ),
+        ),
+        (Outcome::InDoubt, _) => (
+            ErrorKind::InDoubt,
+            Some("the agent keeps asking the destination; `palanquin migration watch ID` shows it"),
+        ),
+        (_, "refused" | "identity-refused") => (
+            ErrorKind::Refused,
+            Some("check the certificates, names and clocks of both hosts; nothing of the VM was sent"),
+        ),
+        (_, "blocked") => {
+            (ErrorKind::Blocked, Some("`palanquin doctor --to HOST --vm VM` lists what to do"))
+        }
+        (_, "unreachable") => (
+            ErrorKind::Blocked,
+            Some("is palanquind running on the destination, and does its address in `[hosts]` match?"),
+        ),
+        (_, "protocol-version") => (ErrorKind::Blocked, Some("upgrade the older of the two agents")),
+        (_, "not-converging") => (
+            ErrorKind::Aborted,
+            Some("allow a longer --max-downtime or more bandwidth, or try when the guest writes less"),
+        ),
+        (_, "operator") => (ErrorKind::Aborted, None),
+        (_, "vm-ended") => (ErrorKind::Internal, Some("the VM's log on the source says why")),
+        _ => (ErrorKind::Aborted, Some("the VM goes on running on the source; try again")),
+    }
+}

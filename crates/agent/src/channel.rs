@@ -60,7 +60,11 @@ impl Channel {
     /// The socket is broken already.
     pub fn new(authenticated: Authenticated) -> io::Result<Self> {
         let (cipher, key_exchange) = (authenticated.cipher(), authenticated.key_exchange());
-        let Authenticated { tcp, connection, peer } = authenticated;
+        let Authenticated {
+            tcp,
+            connection,
+            peer,
+        } = authenticated;
         tcp.set_nodelay(true)?;
         tcp.set_write_timeout(Some(SEND_TIMEOUT))?;
         Ok(Self {
@@ -182,7 +186,9 @@ fn take_len(received: &[u8]) -> Result<Option<usize>, MessageError> {
 }
 
 fn take_message(received: &mut Vec<u8>) -> Result<Option<Message>, MessageError> {
-    let Some(len) = take_len(received)? else { return Ok(None) };
+    let Some(len) = take_len(received)? else {
+        return Ok(None);
+    };
     let message = Message::decode(&received[4..4 + len])?;
     received.drain(..4 + len);
     Ok(Some(message))

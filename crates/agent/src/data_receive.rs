@@ -63,8 +63,14 @@ pub struct Inbound {
 impl Inbound {
     /// Takes over an authenticated connection; what it has received already stays in it.
     pub fn new(authenticated: Authenticated) -> Self {
-        let Authenticated { tcp, connection, .. } = authenticated;
-        Self { tcp, tls: connection, wire: vec![0; READ_BYTES] }
+        let Authenticated {
+            tcp, connection, ..
+        } = authenticated;
+        Self {
+            tcp,
+            tls: connection,
+            wire: vec![0; READ_BYTES],
+        }
     }
 
     /// The socket, to close it from another thread.
@@ -196,7 +202,14 @@ pub enum Report {
 
 /// Receives until the other end says goodbye behind its last round.
 pub fn receive(inbound: &mut Inbound, index: u16, shared: &Shared, report: &dyn Fn(Report)) {
-    let mut stream = Stream { inbound, index, shared, last: false, buffer: Vec::new(), chunks: 0 };
+    let mut stream = Stream {
+        inbound,
+        index,
+        shared,
+        last: false,
+        buffer: Vec::new(),
+        chunks: 0,
+    };
     if let Err(error) = stream.run(report) {
         report(Report::Failed(error));
     }
@@ -233,7 +246,9 @@ impl Stream<'_> {
             }
             match frame {
                 Frame::Pages(_) | Frame::Zero(_) | Frame::RoundEnd { .. } if self.last => {
-                    return Err(ReceiveError::Order("pages or a round behind the last round"));
+                    return Err(ReceiveError::Order(
+                        "pages or a round behind the last round",
+                    ));
                 }
                 Frame::Pages(block) => self.pages(block)?,
                 Frame::Zero(block) => self.zero(block)?,
@@ -260,7 +275,9 @@ impl Stream<'_> {
             let first = block.first_page() + u64::from(run.start);
             let len = (run.end - run.start) as usize * PAGE;
             let bytes = &self.buffer[from..from + len];
-            shared.ram.write(usize::from(block.region), first * PAGE_BYTES, bytes)?;
+            shared
+                .ram
+                .write(usize::from(block.region), first * PAGE_BYTES, bytes)?;
             for (page, contents) in (first..).zip(bytes.chunks_exact(PAGE)) {
                 // A page of zeros in this encoding would count as another memory on the other side.
                 shared.digests.set(block.region, page, contents);
@@ -274,8 +291,8 @@ impl Stream<'_> {
     fn zero(&mut self, block: Block) -> Result<(), ReceiveError> {
         let shared = self.shared;
         for run in block.runs() {
-            let pages = block.first_page() + u64::from(run.start)
-                ..block.first_page() + u64::from(run.end);
+            let pages =
+                block.first_page() + u64::from(run.start)..block.first_page() + u64::from(run.end);
             let mut held_data = false;
             for page in pages.clone() {
                 held_data |= shared.digests.set_zero(block.region, page);

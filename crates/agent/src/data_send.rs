@@ -106,8 +106,11 @@ impl Senders {
     where
         F: Fn(Result<(), SendError>) + Clone + Send + 'static,
     {
-        let mut senders =
-            Self { jobs: Vec::new(), sockets: Vec::new(), shared: Arc::clone(shared) };
+        let mut senders = Self {
+            jobs: Vec::new(),
+            sockets: Vec::new(),
+            shared: Arc::clone(shared),
+        };
         let count = connections.len();
         for (index, connection) in connections.into_iter().enumerate() {
             senders.sockets.push(connection.tcp.try_clone()?);
@@ -197,9 +200,13 @@ impl Stream {
                 }
                 Ok(())
             }
-            Job::RoundEnd { round, last } => {
-                self.write(&Frame::RoundEnd { round: *round, last: *last }.encode())
-            }
+            Job::RoundEnd { round, last } => self.write(
+                &Frame::RoundEnd {
+                    round: *round,
+                    last: *last,
+                }
+                .encode(),
+            ),
             Job::DeviceState(state) => {
                 for (chunk, piece) in state.chunks(PAYLOAD_MAX).enumerate() {
                     let (Ok(chunk), Ok(len)) = (u32::try_from(chunk), u32::try_from(piece.len()))
@@ -221,7 +228,10 @@ impl Stream {
 
     fn send_block(&mut self, block: Block) -> Result<(), SendError> {
         let shared = Arc::clone(&self.shared);
-        let mut raw = Block { mask: [0; 4], ..block };
+        let mut raw = Block {
+            mask: [0; 4],
+            ..block
+        };
         let mut zero = raw;
         let mut end = HEADER_BYTES;
         for run in block.runs() {
@@ -242,7 +252,9 @@ impl Stream {
                     shared.digests.set_zero(block.region, page);
                     zero.mask[word] |= 1 << bit;
                 } else {
-                    shared.digests.set(block.region, page, &self.buffer[from..from + PAGE]);
+                    shared
+                        .digests
+                        .set(block.region, page, &self.buffer[from..from + PAGE]);
                     raw.mask[word] |= 1 << bit;
                     if from != end {
                         self.buffer.copy_within(from..from + PAGE, end);
@@ -258,11 +270,17 @@ impl Stream {
             let result = self.write(&buffer[..end]);
             self.buffer = buffer;
             result?;
-            shared.counters.pages_raw.fetch_add(u64::from(raw.len()), Ordering::Relaxed);
+            shared
+                .counters
+                .pages_raw
+                .fetch_add(u64::from(raw.len()), Ordering::Relaxed);
         }
         if !zero.is_empty() {
             self.write(&Frame::Zero(zero).encode())?;
-            shared.counters.pages_zero.fetch_add(u64::from(zero.len()), Ordering::Relaxed);
+            shared
+                .counters
+                .pages_zero
+                .fetch_add(u64::from(zero.len()), Ordering::Relaxed);
         }
         Ok(())
     }
@@ -286,7 +304,10 @@ impl Stream {
                 Err(_) if self.shared.pace.is_cancelled() => return Err(SendError::Cancelled),
                 Err(error) => return Err(error.into()),
             };
-            self.shared.counters.wire_bytes.fetch_add(sent as u64, Ordering::Relaxed);
+            self.shared
+                .counters
+                .wire_bytes
+                .fetch_add(sent as u64, Ordering::Relaxed);
         }
         Ok(())
     }

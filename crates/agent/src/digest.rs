@@ -21,13 +21,19 @@ impl Digests {
     /// All pages are zero.
     pub fn new(layout: &RamLayout, seed: u64) -> Self {
         let regions = (0..layout.regions())
-            .map(|region| (0..layout.pages(region)).map(|_| Default::default()).collect())
+            .map(|region| {
+                (0..layout.pages(region))
+                    .map(|_| Default::default())
+                    .collect()
+            })
             .collect();
         Self { seed, regions }
     }
 
     fn slot(&self, region: u16, page: u64) -> Option<&[AtomicU64; 2]> {
-        self.regions.get(usize::from(region))?.get(usize::try_from(page).ok()?)
+        self.regions
+            .get(usize::from(region))?
+            .get(usize::try_from(page).ok()?)
     }
 
     /// The page has these contents, which are not all zero.
@@ -87,7 +93,9 @@ pub fn is_zero(bytes: &[u8]) -> bool {
     // Most pages differ from zero early; the rest of the check runs in wide steps.
     let (head, rest) = bytes.split_at(bytes.len().min(64));
     head.iter().all(|&byte| byte == 0)
-        && rest.chunks(256).all(|chunk| chunk.iter().fold(0, |all, &byte| all | byte) == 0)
+        && rest
+            .chunks(256)
+            .all(|chunk| chunk.iter().fold(0, |all, &byte| all | byte) == 0)
 }
 
 #[cfg(test)]
@@ -108,7 +116,11 @@ mod tests {
         assert!(!digests.set_zero(1, 1));
         assert_eq!(digests.root(), empty);
         digests.set(1, 0, &page);
-        assert_ne!(digests.root(), one, "the same page elsewhere is another memory");
+        assert_ne!(
+            digests.root(),
+            one,
+            "the same page elsewhere is another memory"
+        );
     }
 
     #[test]

@@ -6,7 +6,8 @@ pub fn fail_point(name: &str) {
     if std::env::var("PALANQUIN_FAIL_POINT").as_deref() == Ok(name) {
         eprintln!("FAIL POINT {name}");
         // The signal cannot be caught, so this does not return.
-        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+        let _ =
+            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
     }
 }
 

@@ -100,7 +100,11 @@ impl Identity {
         if !domain_fits || !is_name(name) {
             return Err(form());
         }
-        Ok(Self { trust_domain: domain.to_owned(), kind, name: name.to_owned() })
+        Ok(Self {
+            trust_domain: domain.to_owned(),
+            kind,
+            name: name.to_owned(),
+        })
     }
 }
 
@@ -130,7 +134,10 @@ mod tests {
             "spiffe://example.org/vm/a",
             "spiffe://example.org/host/a b",
         ] {
-            assert!(matches!(Identity::parse(uri), Err(IdentityError::Form(_))), "{uri}");
+            assert!(
+                matches!(Identity::parse(uri), Err(IdentityError::Form(_))),
+                "{uri}"
+            );
         }
     }
 }

@@ -1,1 +1,26 @@
-//! placeholder
+//! The agent `palanquind`: one for each host. It owns the state file, the sockets and the connections, and drives
+//! the engines.
+#![forbid(unsafe_code)]
+
+pub mod agent;
+pub mod channel;
+pub mod data_receive;
+pub mod data_send;
+pub mod destination_session;
+pub mod digest;
+pub mod fail_point;
+pub mod http;
+pub mod identity;
+pub mod listener;
+pub mod metrics;
+pub mod operations;
+pub mod pace;
+pub mod recovery;
+pub mod source_session;
+pub mod store;
+pub mod stream_proof;
+pub mod tls;
+pub mod tracked;
+
+/// Version of this software, told to peers and operators.
+pub const SOFTWARE: &str = env!("CARGO_PKG_VERSION");

@@ -1,2 +1,129 @@
-//! placeholder
-fn main() {}
+//! `palanquind`: the agent of a host.
+#![forbid(unsafe_code)]
+
+use std::fs;
+use std::net::TcpListener;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use palanquin_agent::agent::Agent;
+use palanquin_agent::store::Store;
+use palanquin_agent::tls::Tls;
+use palanquin_agent::{http, listener, recovery};
+use palanquin_api::config::AgentConfig;
+use palanquin_host::qemu::Qemu;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+/// Agent that moves VMs between this host and others
+#[derive(Parser)]
+#[command(name = "palanquind", version)]
+struct Arguments {
+    /// Configuration file; `palanquin config check` explains what is wrong with one
+    #[arg(long, value_name = "FILE", default_value = "/etc/palanquin/agent.toml")]
+    config: PathBuf,
+    /// Log as JSON, one object a line
+    #[arg(long)]
+    log_json: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let filter =
+        EnvFilter::try_from_env("PALANQUIN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    if arguments.log_json {
+        log.json().init();
+    } else {
+        log.init();
+    }
+    match run(&arguments.config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(problem) => {
+            eprintln!("error: palanquind cannot start: {problem}");
+            for cause in problem.chain().skip(1) {
+                eprintln!("  cause: {cause}");
+            }
+            eprintln!(
+                "  hint: palanquin config check {}",
+                arguments.config.display()
+            );
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn directory(path: &Path) -> Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(path)
+        .with_context(|| format!("cannot make the directory {}", path.display()))
+}
+
+fn run(path: &Path) -> Result<()> {
+    let text =
+        fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let config = AgentConfig::from_toml(&text)
+        .with_context(|| format!("{} is not usable", path.display()))?;
+    let key = fs::metadata(&config.tls.key)
+        .with_context(|| format!("cannot read {}", config.tls.key.display()))?;
+    if key.permissions().mode() & 0o077 != 0 {
+        bail!(
+            "{} is open to others than its owner: chmod 600 it",
+            config.tls.key.display()
+        );
+    }
+    let tls = Tls::load(
+        &config.tls.ca,
+        &config.tls.certificate,
+        &config.tls.key,
+        &config.name,
+    )
+    .context("the identity of this host is not usable")?;
+    directory(&config.state_dir)?;
+    directory(&config.runtime_dir)?;
+    let state = config.state_dir.join("palanquin.db");
+    let store = Store::open(&state).with_context(|| format!("cannot use {}", state.display()))?;
+    fs::set_permissions(&state, fs::Permissions::from_mode(0o600))
+        .with_context(|| format!("cannot protect {}", state.display()))?;
+    let address = config.listen.migration;
+    let socket =
+        TcpListener::bind(address).with_context(|| format!("cannot listen at {address}"))?;
+    let qemu = Qemu::new(
+        config.qemu.binary.clone(),
+        config.qemu.allowed_paths.clone(),
+    );
+    let agent = Agent::new(config, tls, store, Arc::new(qemu));
+    tracing::info!(identity = %agent.tls.identity, %address, "starting");
+    recovery::recover(&agent).context("the state of this host cannot be recovered")?;
+    listener::start(&agent, socket).context("no thread for connections")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("no threads for the sockets")?;
+    runtime
+        .block_on(async {
+            let mut terminate = signal(SignalKind::terminate())?;
+            let mut interrupt = signal(SignalKind::interrupt())?;
+            let stop = async {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+            };
+            http::serve(&agent, stop).await
+        })
+        .context("cannot serve the control and observe sockets")?;
+    // VMs go on without us; migrations under way are recovered at the next start.
+    tracing::info!("ending");
+    runtime.shutdown_background();
+    Ok(())
+}

@@ -22,8 +22,15 @@ impl Pace {
     /// A limit in bytes per second, or none.
     pub fn new(bytes_per_s: Option<u64>) -> Self {
         let bytes_per_s = bytes_per_s.map(|rate| rate.max(1));
-        let state = Mutex::new(State { cancelled: false, next: Instant::now() });
-        Self { bytes_per_s, state, wake: Condvar::new() }
+        let state = Mutex::new(State {
+            cancelled: false,
+            next: Instant::now(),
+        });
+        Self {
+            bytes_per_s,
+            state,
+            wake: Condvar::new(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -33,7 +40,9 @@ impl Pace {
     /// Waits until that many bytes may go out; false once cancelled.
     pub fn admit(&self, bytes: usize) -> bool {
         let mut state = self.lock();
-        let Some(rate) = self.bytes_per_s else { return !state.cancelled };
+        let Some(rate) = self.bytes_per_s else {
+            return !state.cancelled;
+        };
         let now = Instant::now();
         let from = state.next.max(now.checked_sub(BURST).unwrap_or(now));
         let until = from;
@@ -74,7 +83,11 @@ mod tests {
             assert!(pace.admit(20_000));
         }
         // 2 MB at 10 MB/s; the burst may run ahead.
-        assert!(began.elapsed() >= Duration::from_millis(170), "{:?}", began.elapsed());
+        assert!(
+            began.elapsed() >= Duration::from_millis(170),
+            "{:?}",
+            began.elapsed()
+        );
     }
 
     #[test]

@@ -114,14 +114,16 @@ impl SourceSession {
         let ended = Arc::new(AtomicBool::new(false));
         if let Some(vm) = vm.clone() {
             let (ended, sender) = (Arc::clone(&ended), sender.clone());
-            thread::Builder::new().name("vm-watch".to_owned()).spawn(move || {
-                while !ended.load(Ordering::Relaxed) {
-                    if vm.wait_ended(Duration::from_millis(500)) {
-                        let _ = sender.send(SourceEvent::VmGone);
-                        return;
+            thread::Builder::new()
+                .name("vm-watch".to_owned())
+                .spawn(move || {
+                    while !ended.load(Ordering::Relaxed) {
+                        if vm.wait_ended(Duration::from_millis(500)) {
+                            let _ = sender.send(SourceEvent::VmGone);
+                            return;
+                        }
                     }
-                }
-            })?;
+                })?;
         }
         Ok(Self {
             agent: Arc::clone(agent),
@@ -150,12 +152,16 @@ impl SourceSession {
             }
             self.publish();
             let now = self.agent.now();
-            let until = self.engine.poll_timeout().map_or(TICK, |at| (at - now).min(TICK));
+            let until = self
+                .engine
+                .poll_timeout()
+                .map_or(TICK, |at| (at - now).min(TICK));
             match events.recv_timeout(until) {
                 Ok(event) => self.handle(event),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
-                    self.engine.handle_abort(now, Reason::new("internal", "the session lost its events"));
+                    self.engine
+                        .handle_abort(now, Reason::new("internal", "the session lost its events"));
                 }
             }
             let now = self.agent.now();
@@ -242,9 +248,18 @@ impl SourceSession {
                 {
                     fail_point("source-after-commit-record");
                 }
-                self.report(op, result.map(|()| SourceDone::Done).map_err(|e| failure("journal", &e)));
+                self.report(
+                    op,
+                    result
+                        .map(|()| SourceDone::Done)
+                        .map_err(|e| failure("journal", &e)),
+                );
             }
-            SourceAction::OpenStreams { op, streams, secret } => {
+            SourceAction::OpenStreams {
+                op,
+                streams,
+                secret,
+            } => {
                 self.tracked.update(|info| info.streams = streams);
                 self.open_streams(op, streams, secret);
             }
@@ -256,7 +271,12 @@ impl SourceSession {
                 let result = self.collect(first);
                 self.report(op, result.map(SourceDone::Collected));
             }
-            SourceAction::SendPages { op, pages, round, then } => {
+            SourceAction::SendPages {
+                op,
+                pages,
+                round,
+                then,
+            } => {
                 self.send_pages(op, pages, round, then);
             }
             SourceAction::Pause(op) => self.worker.give(VmJob::Pause(op)),
@@ -272,7 +292,10 @@ impl SourceSession {
             },
             SourceAction::ComputeRoot(op) => {
                 let root = self.shared.as_ref().map(|shared| shared.digests.root());
-                self.report(op, root.map(SourceDone::Root).ok_or_else(|| missing("digests")));
+                self.report(
+                    op,
+                    root.map(SourceDone::Root).ok_or_else(|| missing("digests")),
+                );
             }
             SourceAction::StopCopying => self.stop_copying(),
             // Taken out by the caller.
@@ -303,7 +326,8 @@ impl SourceSession {
         let host = self.engine.order().destination.clone();
         let work = move || {
             let channel = match dial(&agent, &host, false).and_then(|connection| {
-                Channel::new(connection).map_err(|error| Reason::new("connection", error.to_string()))
+                Channel::new(connection)
+                    .map_err(|error| Reason::new("connection", error.to_string()))
             }) {
                 Ok(channel) => Arc::new(channel),
                 Err(reason) => {
@@ -311,7 +335,10 @@ impl SourceSession {
                     return;
                 }
             };
-            if sender.send(SourceEvent::Connected(attempt, Arc::clone(&channel))).is_err() {
+            if sender
+                .send(SourceEvent::Connected(attempt, Arc::clone(&channel)))
+                .is_err()
+            {
                 return;
             }
             loop {
@@ -347,9 +374,16 @@ impl SourceSession {
                     .map_err(|error| Reason::new("connection", error.to_string()))?;
                 let opening = Opening::new(&secret, migration, index, &exporter);
                 let broke = |error: std::io::Error| Reason::new("connection", error.to_string());
-                stream.connection.writer().write_all(&opening.encode()).map_err(broke)?;
+                stream
+                    .connection
+                    .writer()
+                    .write_all(&opening.encode())
+                    .map_err(broke)?;
                 while stream.connection.wants_write() {
-                    stream.connection.write_tls(&mut stream.tcp).map_err(broke)?;
+                    stream
+                        .connection
+                        .write_tls(&mut stream.tcp)
+                        .map_err(broke)?;
                 }
                 Ok(stream)
             };
@@ -372,7 +406,10 @@ impl SourceSession {
             self.senders = Some(senders);
             Ok(SourceDone::Done)
         });
-        let result = started.map_err(|reason| Failure { reason, vm_gone: false });
+        let result = started.map_err(|reason| Failure {
+            reason,
+            vm_gone: false,
+        });
         self.engine.handle_done(now, op, result);
     }
 
@@ -380,7 +417,9 @@ impl SourceSession {
         let (Some(vm), Some(layout)) = (&self.vm, &self.params.layout) else {
             return Err(Reason::new("internal", "there is no VM to copy"));
         };
-        let ram = vm.ram().map_err(|error| Reason::new("memory", chain(&error)))?;
+        let ram = vm
+            .ram()
+            .map_err(|error| Reason::new("memory", chain(&error)))?;
         Ok(Arc::new(Shared {
             ram,
             digests: Arc::new(Digests::new(layout, self.params.digest_seed)),
@@ -391,8 +430,12 @@ impl SourceSession {
 
     fn start_tracking(&mut self) -> Result<(), Failure> {
         let vm = self.vm.as_ref().ok_or_else(|| missing("VM"))?;
-        vm.prepare_to_save().map_err(|error| failure("prepare", &error))?;
-        self.tracker = Some(vm.track_writes().map_err(|error| failure("tracking", &error))?);
+        vm.prepare_to_save()
+            .map_err(|error| failure("prepare", &error))?;
+        self.tracker = Some(
+            vm.track_writes()
+                .map_err(|error| failure("tracking", &error))?,
+        );
         Ok(())
     }
 
@@ -418,7 +461,10 @@ impl SourceSession {
             for region in 0..layout.regions() {
                 let extents = shared.ram.data_extents(region);
                 for extent in extents.map_err(|error| failure("memory", &error))? {
-                    pages.insert(region, extent.start / PAGE_BYTES..extent.end.div_ceil(PAGE_BYTES));
+                    pages.insert(
+                        region,
+                        extent.start / PAGE_BYTES..extent.end.div_ceil(PAGE_BYTES),
+                    );
                 }
             }
         }
@@ -432,7 +478,10 @@ impl SourceSession {
         let mut jobs = senders.count();
         senders.all(&Job::Pages(Arc::new(pages)));
         if then != RoundMark::None {
-            senders.all(&Job::RoundEnd { round, last: then == RoundMark::Last });
+            senders.all(&Job::RoundEnd {
+                round,
+                last: then == RoundMark::Last,
+            });
             jobs += senders.count();
         }
         self.jobs = Some((op, jobs));
@@ -454,7 +503,14 @@ impl SourceSession {
                 let reason = Reason::new("connection-lost", error.to_string());
                 match op {
                     Some(op) => {
-                        self.engine.handle_done(now, op, Err(Failure { reason, vm_gone: false }));
+                        self.engine.handle_done(
+                            now,
+                            op,
+                            Err(Failure {
+                                reason,
+                                vm_gone: false,
+                            }),
+                        );
                     }
                     None => drop(self.engine.handle_abort(now, reason)),
                 }
@@ -532,10 +588,16 @@ impl SourceSession {
     fn finish(mut self, ending: &Ending) {
         self.publish();
         let (outcome, reason, blockers) = match ending {
-            Ending::Completed => (Outcome::Completed, self.engine.reason().cloned(), Vec::new()),
-            Ending::RunningOnSource(reason, blockers) => {
-                (Outcome::RunningOnSource, Some(reason.clone()), blockers.clone())
-            }
+            Ending::Completed => (
+                Outcome::Completed,
+                self.engine.reason().cloned(),
+                Vec::new(),
+            ),
+            Ending::RunningOnSource(reason, blockers) => (
+                Outcome::RunningOnSource,
+                Some(reason.clone()),
+                blockers.clone(),
+            ),
             Ending::VmLost(reason) => (Outcome::VmEnded, Some(reason.clone()), Vec::new()),
         };
         match outcome {
@@ -561,19 +623,32 @@ impl SourceSession {
 /// Opens an authenticated connection to a host of the configuration.
 pub fn dial(agent: &Agent, host: &str, data: bool) -> Result<Authenticated, Reason> {
     let Some(address) = agent.address_of(host) else {
-        return Err(Reason::new("unreachable", format!("host {host:?} is not in the configuration")));
+        return Err(Reason::new(
+            "unreachable",
+            format!("host {host:?} is not in the configuration"),
+        ));
     };
     let tcp = TcpStream::connect_timeout(&address, CONNECT_TIMEOUT).map_err(|error| {
-        Reason::new("unreachable", format!("host {host:?} cannot be reached at {address}: {error}"))
+        Reason::new(
+            "unreachable",
+            format!("host {host:?} cannot be reached at {address}: {error}"),
+        )
     })?;
     let prepared = tcp.set_nodelay(true);
     prepared.map_err(|error| Reason::new("connection", error.to_string()))?;
-    agent.tls.connect(tcp, host, data).map_err(|error| tls_reason(&error))
+    agent
+        .tls
+        .connect(tcp, host, data)
+        .map_err(|error| tls_reason(&error))
 }
 
 /// What a failed handshake means for a migration.
 pub fn tls_reason(error: &TlsError) -> Reason {
-    let code = if error.is_refusal() { "identity-refused" } else { "connection" };
+    let code = if error.is_refusal() {
+        "identity-refused"
+    } else {
+        "connection"
+    };
     Reason::new(code, chain(error))
 }
 
@@ -605,9 +680,15 @@ fn failure(code: &str, error: &(dyn std::error::Error + 'static)) -> Failure {
     let vm_gone = error
         .downcast_ref::<palanquin_host::Error>()
         .is_some_and(palanquin_host::Error::is_process_gone);
-    Failure { reason: Reason::new(code, chain(error)), vm_gone }
+    Failure {
+        reason: Reason::new(code, chain(error)),
+        vm_gone,
+    }
 }
 
 fn missing(what: &str) -> Failure {
-    Failure { reason: Reason::new("internal", format!("no {what} at this point")), vm_gone: false }
+    Failure {
+        reason: Reason::new("internal", format!("no {what} at this point")),
+        vm_gone: false,
+    }
 }

@@ -78,7 +78,9 @@ impl Store {
         let connection = Connection::open(path)?;
         connection.busy_timeout(Duration::from_millis(500))?;
         connection.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
-        connection.pragma_update(None, "journal_mode", "WAL").map_err(busy)?;
+        connection
+            .pragma_update(None, "journal_mode", "WAL")
+            .map_err(busy)?;
         connection.pragma_update(None, "synchronous", "FULL")?;
         connection.pragma_update(None, "foreign_keys", "ON")?;
         let found: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
@@ -88,12 +90,18 @@ impl Store {
             found => return Err(StoreError::Schema { found }),
         }
         // A write takes the lock that keeps a second agent out.
-        connection.pragma_update(None, "user_version", SCHEMA).map_err(busy)?;
-        Ok(Self { connection: Mutex::new(connection) })
+        connection
+            .pragma_update(None, "user_version", SCHEMA)
+            .map_err(busy)?;
+        Ok(Self {
+            connection: Mutex::new(connection),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Connection> {
-        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+        self.connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All VMs.
@@ -107,7 +115,8 @@ impl Store {
             "SELECT uuid, name, epoch, handle, adopted, incoming, memory_bytes FROM vms ORDER BY name",
         )?;
         let rows = statement.query_map([], stored_vm)?;
-        rows.map(|row| row?.ok_or_else(|| StoreError::Record("vms".to_owned()))).collect()
+        rows.map(|row| row?.ok_or_else(|| StoreError::Record("vms".to_owned())))
+            .collect()
     }
 
     /// Adds or replaces a VM.
@@ -148,7 +157,8 @@ impl Store {
     ///
     /// The file cannot be written.
     pub fn remove_vm(&self, id: VmId) -> Result<(), StoreError> {
-        self.lock().execute("DELETE FROM vms WHERE uuid = ?1", [&id.0[..]])?;
+        self.lock()
+            .execute("DELETE FROM vms WHERE uuid = ?1", [&id.0[..]])?;
         Ok(())
     }
 
@@ -160,7 +170,11 @@ impl Store {
     pub fn epoch(&self, id: VmId) -> Result<Option<Epoch>, StoreError> {
         let found: Option<i64> = self
             .lock()
-            .query_row("SELECT epoch FROM epochs WHERE uuid = ?1", [&id.0[..]], |row| row.get(0))
+            .query_row(
+                "SELECT epoch FROM epochs WHERE uuid = ?1",
+                [&id.0[..]],
+                |row| row.get(0),
+            )
             .optional()?;
         Ok(found.map(|epoch| Epoch(epoch.cast_unsigned())))
     }
@@ -201,8 +215,10 @@ impl Store {
         append(&transaction, order.migration, "destination", record, order)?;
         match record {
             DestinationRecord::Owned(epoch) => {
-                transaction
-                    .execute("UPDATE vms SET incoming = 0 WHERE uuid = ?1", [&order.vm.0[..]])?;
+                transaction.execute(
+                    "UPDATE vms SET incoming = 0 WHERE uuid = ?1",
+                    [&order.vm.0[..]],
+                )?;
                 set_epoch(&transaction, order.vm, *epoch)?;
             }
             DestinationRecord::Discarded(_) => {
@@ -222,7 +238,11 @@ impl Store {
     pub fn migration_seen(&self, id: MigrationId) -> Result<bool, StoreError> {
         let found: Option<i64> = self
             .lock()
-            .query_row("SELECT 1 FROM migrations WHERE id = ?1", [&id.0[..]], |row| row.get(0))
+            .query_row(
+                "SELECT 1 FROM migrations WHERE id = ?1",
+                [&id.0[..]],
+                |row| row.get(0),
+            )
             .optional()?;
         Ok(found.is_some())
     }
@@ -264,7 +284,11 @@ impl Store {
              JOIN journal j ON j.seq = (SELECT max(seq) FROM journal WHERE migration = m.id)",
         )?;
         let rows = statement.query_map([], |row| {
-            Ok((row.get::<_, String>(0)?, row.get::<_, Vec<u8>>(1)?, row.get::<_, Vec<u8>>(2)?))
+            Ok((
+                row.get::<_, String>(0)?,
+                row.get::<_, Vec<u8>>(1)?,
+                row.get::<_, Vec<u8>>(2)?,
+            ))
         })?;
         let mut unfinished = Vec::new();
         for row in rows {
@@ -277,8 +301,10 @@ impl Store {
                 }
             } else {
                 let record: DestinationRecord = decode(&record)?;
-                if !matches!(record, DestinationRecord::Activated | DestinationRecord::Discarded(_))
-                {
+                if !matches!(
+                    record,
+                    DestinationRecord::Activated | DestinationRecord::Discarded(_)
+                ) {
                     unfinished.push(Unfinished::Destination(order, record));
                 }
             }
@@ -454,8 +480,12 @@ mod tests {
         {
             let store = Store::open(&path).unwrap();
             store.put_vm(&vm(false)).unwrap();
-            store.record_source(&order(1), &SourceRecord::Ordered(order(1))).unwrap();
-            store.record_source(&order(1), &SourceRecord::Committed(Epoch(2))).unwrap();
+            store
+                .record_source(&order(1), &SourceRecord::Ordered(order(1)))
+                .unwrap();
+            store
+                .record_source(&order(1), &SourceRecord::Committed(Epoch(2)))
+                .unwrap();
         }
         let store = Store::open(&path).unwrap();
         assert_eq!(store.vms().unwrap(), [vm(false)]);
@@ -464,27 +494,46 @@ mod tests {
         assert!(
             matches!(&unfinished[..], [Unfinished::Source(o, SourceRecord::Committed(Epoch(2)))] if *o == order(1))
         );
-        store.record_source(&order(1), &SourceRecord::Erased).unwrap();
+        store
+            .record_source(&order(1), &SourceRecord::Erased)
+            .unwrap();
         assert!(store.unfinished().unwrap().is_empty());
         assert!(store.vms().unwrap().is_empty());
-        assert_eq!(store.epoch(VmId([9; 16])).unwrap(), Some(Epoch(2)), "epochs are never forgotten");
+        assert_eq!(
+            store.epoch(VmId([9; 16])).unwrap(),
+            Some(Epoch(2)),
+            "epochs are never forgotten"
+        );
     }
 
     #[test]
     fn owning_and_discarding_change_the_vm_in_the_same_transaction() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&dir.path().join("palanquin.db")).unwrap();
-        store.record_destination(&order(1), &DestinationRecord::Reserved(order(1))).unwrap();
+        store
+            .record_destination(&order(1), &DestinationRecord::Reserved(order(1)))
+            .unwrap();
         store.put_vm(&vm(true)).unwrap();
-        assert_eq!(store.epoch(VmId([9; 16])).unwrap(), None, "a container is not a VM yet");
-        store.record_destination(&order(1), &DestinationRecord::Owned(Epoch(2))).unwrap();
+        assert_eq!(
+            store.epoch(VmId([9; 16])).unwrap(),
+            None,
+            "a container is not a VM yet"
+        );
+        store
+            .record_destination(&order(1), &DestinationRecord::Owned(Epoch(2)))
+            .unwrap();
         let vms = store.vms().unwrap();
         assert_eq!((vms[0].incoming, vms[0].epoch), (false, Epoch(2)));
         assert!(store.migration_seen(MigrationId([1; 16])).unwrap());
         let reason = Reason::new("x", "y");
-        store.record_destination(&order(1), &DestinationRecord::Discarded(reason)).unwrap();
+        store
+            .record_destination(&order(1), &DestinationRecord::Discarded(reason))
+            .unwrap();
         assert!(store.vms().unwrap().is_empty());
-        let (_, records) = store.destination_records(MigrationId([1; 16])).unwrap().unwrap();
+        let (_, records) = store
+            .destination_records(MigrationId([1; 16]))
+            .unwrap()
+            .unwrap();
         assert_eq!(records.len(), 3);
     }
 

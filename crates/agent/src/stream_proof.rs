@@ -49,7 +49,11 @@ impl Opening {
         let tag = hmac::sign(&key, &message(migration, index, exporter));
         let mut proof = [0; 32];
         proof.copy_from_slice(tag.as_ref());
-        Self { migration, index, proof }
+        Self {
+            migration,
+            index,
+            proof,
+        }
     }
 
     /// As it goes onto the wire.
@@ -67,13 +71,22 @@ impl Opening {
         let mut proof = [0; 32];
         proof.copy_from_slice(&bytes[18..]);
         let index = u16::from_le_bytes([bytes[16], bytes[17]]);
-        Self { migration: MigrationId(migration), index, proof }
+        Self {
+            migration: MigrationId(migration),
+            index,
+            proof,
+        }
     }
 
     /// Whether the proof holds on the connection with this exporter; takes the same time either way.
     pub fn holds(&self, secret: &StreamSecret, exporter: &[u8; 32]) -> bool {
         let key = hmac::Key::new(hmac::HMAC_SHA256, &secret.0);
-        hmac::verify(&key, &message(self.migration, self.index, exporter), &self.proof).is_ok()
+        hmac::verify(
+            &key,
+            &message(self.migration, self.index, exporter),
+            &self.proof,
+        )
+        .is_ok()
     }
 }
 
@@ -88,9 +101,25 @@ mod tests {
         let opening = Opening::decode(&opening.encode());
         assert!(opening.holds(&secret, &[4; 32]));
         assert!(!opening.holds(&secret, &[5; 32]), "another connection");
-        assert!(!opening.holds(&StreamSecret([9; 32]), &[4; 32]), "another secret");
-        assert!(!Opening { index: 2, ..opening }.holds(&secret, &[4; 32]), "another index");
+        assert!(
+            !opening.holds(&StreamSecret([9; 32]), &[4; 32]),
+            "another secret"
+        );
+        assert!(
+            !Opening {
+                index: 2,
+                ..opening
+            }
+            .holds(&secret, &[4; 32]),
+            "another index"
+        );
         let other = MigrationId([7; 16]);
-        assert!(!Opening { migration: other, ..opening }.holds(&secret, &[4; 32]));
+        assert!(
+            !Opening {
+                migration: other,
+                ..opening
+            }
+            .holds(&secret, &[4; 32])
+        );
     }
 }

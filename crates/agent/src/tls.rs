@@ -134,7 +134,11 @@ impl Authenticated {
     ///
     /// The handshake is not complete.
     pub fn exporter(&self, context: &[u8]) -> Result<[u8; 32], rustls::Error> {
-        self.connection.export_keying_material([0; 32], b"EXPORTER-palanquin-data-stream", Some(context))
+        self.connection.export_keying_material(
+            [0; 32],
+            b"EXPORTER-palanquin-data-stream",
+            Some(context),
+        )
     }
 }
 
@@ -161,7 +165,10 @@ impl Tls {
     ///
     /// A file is missing, unreadable or not what it should be; the certificate names another host.
     pub fn load(ca: &Path, certificate: &Path, key: &Path, name: &str) -> Result<Self, TlsError> {
-        let file = |path: &Path, problem: String| TlsError::File { path: path.to_owned(), problem };
+        let file = |path: &Path, problem: String| TlsError::File {
+            path: path.to_owned(),
+            problem,
+        };
         let read = |path: &Path| fs::read(path).map_err(|error| file(path, error.to_string()));
         let certificates = |path: &Path| -> Result<Vec<CertificateDer<'static>>, TlsError> {
             let list: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&read(path)?).collect();
@@ -180,7 +187,10 @@ impl Tls {
         let own = chain.first().map_or(&[][..], |leaf| leaf.as_ref());
         let identity = Identity::of_certificate(own).map_err(TlsError::OwnIdentity)?;
         if identity.kind != Kind::Host || identity.name != name {
-            return Err(TlsError::OwnName { found: identity, expected: name.to_owned() });
+            return Err(TlsError::OwnName {
+                found: identity,
+                expected: name.to_owned(),
+            });
         }
         let key_der = PrivateKeyDer::from_pem_slice(&read(key)?)
             .map_err(|error| file(key, error.to_string()))?;
@@ -224,18 +234,32 @@ impl Tls {
     /// # Errors
     ///
     /// No handshake in time, or the other end is not that host.
-    pub fn connect(&self, tcp: TcpStream, host: &str, data: bool) -> Result<Authenticated, TlsError> {
-        let config = if data { &self.client_data } else { &self.client };
-        let name = ServerName::try_from(host.to_owned())
-            .map_err(|_| TlsError::OtherHost { found: String::new(), expected: host.to_owned() })?;
-        let connection = rustls::ClientConnection::new(Arc::clone(config), name)
-            .map_err(TlsError::Handshake)?;
+    pub fn connect(
+        &self,
+        tcp: TcpStream,
+        host: &str,
+        data: bool,
+    ) -> Result<Authenticated, TlsError> {
+        let config = if data {
+            &self.client_data
+        } else {
+            &self.client
+        };
+        let name = ServerName::try_from(host.to_owned()).map_err(|_| TlsError::OtherHost {
+            found: String::new(),
+            expected: host.to_owned(),
+        })?;
+        let connection =
+            rustls::ClientConnection::new(Arc::clone(config), name).map_err(TlsError::Handshake)?;
         let authenticated = self.handshake(tcp, connection.into())?;
         if authenticated.peer.name == host {
             Ok(authenticated)
         } else {
             let found = authenticated.peer.name;
-            Err(TlsError::OtherHost { found, expected: host.to_owned() })
+            Err(TlsError::OtherHost {
+                found,
+                expected: host.to_owned(),
+            })
         }
     }
 
@@ -245,8 +269,8 @@ impl Tls {
     ///
     /// No handshake in time, or the other end is not a host.
     pub fn accept(&self, tcp: TcpStream) -> Result<Authenticated, TlsError> {
-        let connection = rustls::ServerConnection::new(Arc::clone(&self.server))
-            .map_err(TlsError::Handshake)?;
+        let connection =
+            rustls::ServerConnection::new(Arc::clone(&self.server)).map_err(TlsError::Handshake)?;
         self.handshake(tcp, connection.into())
     }
 
@@ -285,12 +309,19 @@ impl Tls {
         if peer.kind != Kind::Host || peer.trust_domain != self.identity.trust_domain {
             return Err(TlsError::NotAHost(peer));
         }
-        Ok(Authenticated { tcp, connection, peer })
+        Ok(Authenticated {
+            tcp,
+            connection,
+            peer,
+        })
     }
 }
 
 /// One read from the socket. Errors of TLS are told to the other end before they are returned.
-fn read_step(connection: &mut Connection, socket: &mut &TcpStream) -> Result<io::Result<()>, TlsError> {
+fn read_step(
+    connection: &mut Connection,
+    socket: &mut &TcpStream,
+) -> Result<io::Result<()>, TlsError> {
     match connection.read_tls(socket) {
         Ok(0) => Ok(Err(io::ErrorKind::UnexpectedEof.into())),
         Ok(_) => match connection.process_new_packets() {
@@ -307,5 +338,8 @@ fn read_step(connection: &mut Connection, socket: &mut &TcpStream) -> Result<io:
 
 /// Whether a socket's deadline has passed.
 pub fn is_timeout(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+    )
 }

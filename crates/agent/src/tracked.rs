@@ -35,7 +35,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Tracked {
     /// With a session, or without one for a migration that has ended.
     pub fn new(info: MigrationInfo, session: Option<Session>) -> Self {
-        Self { info: Mutex::new(info), changed: Condvar::new(), session: Mutex::new(session) }
+        Self {
+            info: Mutex::new(info),
+            changed: Condvar::new(),
+            session: Mutex::new(session),
+        }
     }
 
     /// As it stands.
@@ -55,7 +59,9 @@ impl Tracked {
 
     /// Waits until it has changed since that revision, or is done, or the time is up.
     pub fn wait_change(&self, after: u64, timeout: Duration) -> MigrationInfo {
-        self.wait(timeout, |info| info.revision > after || info.phase == Phase::Done)
+        self.wait(timeout, |info| {
+            info.revision > after || info.phase == Phase::Done
+        })
     }
 
     /// Waits until it is done or the time is up.
@@ -171,22 +177,38 @@ fn classify(code: &str, outcome: Outcome) -> (ErrorKind, Option<&'static str>) {
         ),
         (_, "refused" | "identity-refused") => (
             ErrorKind::Refused,
-            Some("check the certificates, names and clocks of both hosts; nothing of the VM was sent"),
+            Some(
+                "check the certificates, names and clocks of both hosts; nothing of the VM was sent",
+            ),
         ),
-        (_, "blocked") => {
-            (ErrorKind::Blocked, Some("`palanquin doctor --to HOST --vm VM` lists what to do"))
-        }
+        (_, "blocked") => (
+            ErrorKind::Blocked,
+            Some("`palanquin doctor --to HOST --vm VM` lists what to do"),
+        ),
         (_, "unreachable") => (
             ErrorKind::Blocked,
-            Some("is palanquind running on the destination, and does its address in `[hosts]` match?"),
+            Some(
+                "is palanquind running on the destination, and does its address in `[hosts]` match?",
+            ),
         ),
-        (_, "protocol-version") => (ErrorKind::Blocked, Some("upgrade the older of the two agents")),
+        (_, "protocol-version") => (
+            ErrorKind::Blocked,
+            Some("upgrade the older of the two agents"),
+        ),
         (_, "not-converging") => (
             ErrorKind::Aborted,
-            Some("allow a longer --max-downtime or more bandwidth, or try when the guest writes less"),
+            Some(
+                "allow a longer --max-downtime or more bandwidth, or try when the guest writes less",
+            ),
         ),
         (_, "operator") => (ErrorKind::Aborted, None),
-        (_, "vm-ended") => (ErrorKind::Internal, Some("the VM's log on the source says why")),
-        _ => (ErrorKind::Aborted, Some("the VM goes on running on the source; try again")),
+        (_, "vm-ended") => (
+            ErrorKind::Internal,
+            Some("the VM's log on the source says why"),
+        ),
+        _ => (
+            ErrorKind::Aborted,
+            Some("the VM goes on running on the source; try again"),
+        ),
     }
 }

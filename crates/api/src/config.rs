@@ -37,6 +37,134 @@ pub struct AgentConfig {
     pub qemu: Qemu,
 }
 
+/// A file that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// Not TOML, an unknown key, or a value of another kind; says where.
+    #[error("{0}")]
+    Syntax(#[from] toml::de::Error),
+    /// Rules that it breaks, all of them.
+    #[error("{}", list(.0))]
+    Rules(Vec<Violation>),
+}
+
+/// A rule that a file breaks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// Path of the key, for example `limits.max-inbound`.
+    pub key: String,
+    /// What is wrong, one lowercase sentence.
+    pub message: String,
+}
+
+impl Violation {
+    /// A violation of the rule for a key.
+    pub fn new(key: &str, message: impl Into<String>) -> Self {
+        Self {
+            key: key.to_owned(),
+            message: message.into(),
+        }
+    }
+}
+
+impl std::fmt::Display for Violation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "`{}`: {}", self.key, self.message)
+    }
+}
+
+fn list(violations: &[Violation]) -> String {
+    let lines: Vec<String> = violations.iter().map(ToString::to_string).collect();
+    lines.join("; ")
+}
+
+/// Whether this is a name a VM or host may have: 1 to 64 of `a-z A-Z 0-9 . _ -`, starting with a letter or digit.
+pub fn is_name(name: &str) -> bool {
+    name.len() <= 64
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+}
+
+impl AgentConfig {
+    /// Reads and checks a configuration.
+    ///
+    /// # Errors
+    ///
+    /// Where it is not TOML of this form, or every rule that it breaks.
+    pub fn from_toml(text: &str) -> Result<Self, LoadError> {
+        let config: Self = toml::from_str(text)?;
+        let violations = config.validate();
+        if violations.is_empty() {
+            Ok(config)
+        } else {
+            Err(LoadError::Rules(violations))
+        }
+    }
+
+    /// Every rule that it breaks.
+    pub fn validate(&self) -> Vec<Violation> {
+        let mut found = Vec::new();
+        let mut rule = |holds: bool, key: &str, message: &str| {
+            if !holds {
+                found.push(Violation::new(key, message));
+            }
+        };
+        let name = "is 1 to 64 letters, digits, `.`, `_` or `-`, starting with a letter or digit";
+        rule(is_name(&self.name), "name", name);
+        rule(self.hosts.keys().all(|host| is_name(host)), "hosts", name);
+        let absolute = "is an absolute path";
+        rule(self.state_dir.is_absolute(), "state-dir", absolute);
+        rule(self.runtime_dir.is_absolute(), "runtime-dir", absolute);
+        // `vms/UUID/state-out` and a slash more, in the 107 bytes of a socket's path.
+        let room = self.state_dir.as_os_str().len() <= 50;
+        rule(
+            room,
+            "state-dir",
+            "is at most 50 bytes long, because sockets lie below it",
+        );
+        let room = self.runtime_dir.as_os_str().len() <= 90;
+        rule(
+            room,
+            "runtime-dir",
+            "is at most 90 bytes long, because sockets lie in it",
+        );
+        let limits = &self.limits;
+        rule(
+            (1..=64).contains(&limits.max_inbound),
+            "limits.max-inbound",
+            "is 1 to 64",
+        );
+        rule(
+            (1..=64).contains(&limits.max_outbound),
+            "limits.max-outbound",
+            "is 1 to 64",
+        );
+        let silence = limits.peer_silence.get().as_millis();
+        rule(
+            (1000..=300_000).contains(&silence),
+            "limits.peer-silence",
+            "is 1 s to 5 min",
+        );
+        let state = limits.device_state.bytes();
+        let bounds = (1 << 20)..=(16 << 30);
+        rule(
+            bounds.contains(&state),
+            "limits.device-state",
+            "is 1 MiB to 16 GiB",
+        );
+        rule(self.qemu.binary.is_absolute(), "qemu.binary", absolute);
+        let all = self
+            .qemu
+            .allowed_paths
+            .iter()
+            .all(|path| path.is_absolute());
+        rule(all, "qemu.allowed-paths", "are absolute paths");
+        found
+    }
+}
+
 /// Identity and trust: PEM files made by `palanquin ca`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]

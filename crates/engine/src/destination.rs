@@ -729,8 +729,8 @@ impl Destination {
     }
 }
 
-/// What to do about an order that was refused.
-fn remedy(code: &str) -> &'static str {
+/// What to do about an order that was refused with this code.
+pub fn remedy(code: &str) -> &'static str {
     match code {
         "order-expired" => "Compare the clocks of both hosts, then try again.",
         "order-stale-epoch" => {

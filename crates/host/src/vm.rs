@@ -251,6 +251,10 @@ pub trait Hypervisor: Send + Sync {
     /// What would stand in the way of [`Hypervisor::prepare`], without starting anything.
     fn check(&self, descriptor: &Descriptor, available_bytes: u64) -> Vec<Obstacle>;
 
+    /// Ends whatever hypervisor was started in this directory and is not known by a handle: one that was started
+    /// just before the agent died.
+    fn sweep(&self, vm_dir: &Path) -> Result<(), Error>;
+
     /// Version of the hypervisor.
     fn version(&self) -> Result<String, Error>;
 }

@@ -43,8 +43,16 @@ impl VmWorker {
         events: Sender<SourceEvent>,
     ) -> io::Result<Self> {
         let (jobs, receiver) = channel();
-        let work = Work { vm, dir, state_limit, run, events };
-        thread::Builder::new().name("vm-work".to_owned()).spawn(move || work.run(&receiver))?;
+        let work = Work {
+            vm,
+            dir,
+            state_limit,
+            run,
+            events,
+        };
+        thread::Builder::new()
+            .name("vm-work".to_owned())
+            .spawn(move || work.run(&receiver))?;
         Ok(Self { jobs })
     }
 
@@ -80,12 +88,16 @@ impl Work {
     }
 
     fn pause(&self) -> Result<SourceDone, Failure> {
-        self.vm()?.pause().map_err(|error| failure("pause", &error))?;
+        self.vm()?
+            .pause()
+            .map_err(|error| failure("pause", &error))?;
         Ok(SourceDone::Done)
     }
 
     fn save(&self) -> Result<Vec<u8>, Failure> {
-        self.vm()?.save_device_state(self.state_limit).map_err(|error| failure("device-state", &error))
+        self.vm()?
+            .save_device_state(self.state_limit)
+            .map_err(|error| failure("device-state", &error))
     }
 
     fn resume(&self) -> Result<SourceDone, Failure> {

@@ -264,6 +264,16 @@ impl Hypervisor for Qemu {
         obstacles
     }
 
+    fn sweep(&self, vm_dir: &Path) -> Result<(), Error> {
+        let monitor = qmp::Monitor::new(&vm_dir.join("qmp"));
+        match monitor.execute_value(&qapi::qmp::quit {}) {
+            Ok(_) => Ok(()),
+            // Nobody listens there.
+            Err(Error::Qmp { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     fn version(&self) -> Result<String, Error> {
         let text = self.ask(&["--version"])?;
         let version = text

@@ -1,0 +1,487 @@
+//! Drives [`palanquin_engine::Destination`]: executes its actions on this machine and tells it how they ended.
+
+mod container;
+
+pub use self::container::{descriptor_of, wire_blocker};
+
+use std::net::{Shutdown, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::Duration;
+
+use palanquin_api::control::{Outcome, Phase};
+use palanquin_engine::destination::{
+    Destination, DestinationAction, DestinationDone, DestinationEnding, DestinationPhase, Op,
+};
+use palanquin_engine::ids::StreamSecret;
+use palanquin_engine::message::Reason;
+use palanquin_engine::order::Order;
+use palanquin_engine::pages::RamLayout;
+use palanquin_engine::source::Failure;
+use palanquin_engine::{DestinationRecord, Message, Time};
+use palanquin_host::vm::{GuestRam, Vm};
+use tracing::{debug, info, warn};
+
+use self::container::{ContainerJob, ContainerWorker};
+use crate::agent::Agent;
+use crate::channel::Channel;
+use crate::data_receive::{DeviceState, Inbound, Report, Shared, receive};
+use crate::digest::Digests;
+use crate::fail_point::fail_point;
+use crate::source_session::chain;
+use crate::stream_proof::{Opening, exporter_context};
+use crate::tls::Authenticated;
+use crate::tracked::{Tracked, api_error, ms};
+
+/// How often the state is told.
+const TICK: Duration = Duration::from_millis(200);
+
+/// What happens to a session.
+pub enum DestinationEvent {
+    /// A message arrived.
+    Message(Message),
+    /// The connection is lost.
+    Lost(Reason),
+    /// Somebody opened a data stream.
+    Stream(Box<Authenticated>, Opening),
+    /// A stream tells something.
+    Data(Report),
+    /// The container was started.
+    Reserved(Op, Arc<dyn Vm>, Arc<dyn GuestRam>),
+    /// A job of the container has ended.
+    Container(Op, Result<DestinationDone, Failure>),
+    /// The hypervisor ended.
+    ContainerGone,
+    /// The source asks on another connection what became of this migration.
+    Query,
+    /// Somebody wants to abort; the answer says whether that is still possible.
+    Abort(Reason, Sender<bool>),
+}
+
+/// What the streams of a migration are made of.
+struct Expected {
+    op: Op,
+    streams: Vec<Option<Inbound>>,
+    layout: RamLayout,
+}
+
+/// A destination at work.
+pub struct DestinationSession {
+    agent: Arc<Agent>,
+    engine: Destination,
+    channel: Arc<Channel>,
+    tracked: Arc<Tracked>,
+    sender: Sender<DestinationEvent>,
+    worker: ContainerWorker,
+    secret: StreamSecret,
+    digest_seed: u64,
+    ended: Arc<AtomicBool>,
+    expected: Option<Expected>,
+    vm: Option<Arc<dyn Vm>>,
+    ram: Option<Arc<dyn GuestRam>>,
+    shared: Option<Arc<Shared>>,
+    sockets: Vec<TcpStream>,
+    streams: usize,
+    /// Streams that have delivered the round which is being received.
+    delivered: usize,
+    round: u32,
+    began: Time,
+}
+
+impl DestinationSession {
+    /// With an engine that has been greeted already.
+    ///
+    /// # Errors
+    ///
+    /// No thread can be had.
+    pub fn new(
+        agent: &Arc<Agent>,
+        engine: Destination,
+        order: &Order,
+        secret: StreamSecret,
+        digest_seed: u64,
+        channel: &Arc<Channel>,
+        tracked: &Arc<Tracked>,
+        sender: Sender<DestinationEvent>,
+    ) -> std::io::Result<Self> {
+        let worker = ContainerWorker::start(agent, order, sender.clone())?;
+        Ok(Self {
+            agent: Arc::clone(agent),
+            engine,
+            channel: Arc::clone(channel),
+            tracked: Arc::clone(tracked),
+            sender,
+            worker,
+            secret,
+            digest_seed,
+            ended: Arc::new(AtomicBool::new(false)),
+            expected: None,
+            vm: None,
+            ram: None,
+            shared: None,
+            sockets: Vec::new(),
+            streams: 0,
+            delivered: 0,
+            round: 0,
+            began: agent.now(),
+        })
+    }
+
+    /// Works until the migration has ended.
+    pub fn run(mut self, events: &Receiver<DestinationEvent>) {
+        let ending = loop {
+            if let Some(ending) = self.execute_all() {
+                break ending;
+            }
+            self.publish();
+            let now = self.agent.now();
+            let until = self
+                .engine
+                .poll_timeout()
+                .map_or(TICK, |at| (at - now).min(TICK));
+            match events.recv_timeout(until) {
+                Ok(event) => self.handle(event),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    let reason = Reason::new("internal", "the session lost its events");
+                    self.engine.handle_connection_lost(now, reason);
+                }
+            }
+            let now = self.agent.now();
+            if self.engine.poll_timeout().is_some_and(|at| now >= at) {
+                self.engine.handle_timeout(now);
+            }
+        };
+        self.ended.store(true, Ordering::Relaxed);
+        self.close_streams();
+        self.channel.close();
+        self.finish(&ending);
+    }
+
+    fn handle(&mut self, event: DestinationEvent) {
+        let now = self.agent.now();
+        match event {
+            DestinationEvent::Message(message) => {
+                debug!(message = message.name(), "received");
+                self.engine.handle_message(now, message);
+            }
+            DestinationEvent::Lost(reason) => {
+                debug!(%reason, "connection lost");
+                self.engine.handle_connection_lost(now, reason);
+            }
+            DestinationEvent::Stream(authenticated, opening) => {
+                if let Err(problem) = self.admit(*authenticated, opening) {
+                    warn!(problem, index = opening.index, "a data stream was refused");
+                }
+            }
+            DestinationEvent::Data(Report::RoundEnd { round, last }) => {
+                self.round_end(now, round, last);
+            }
+            DestinationEvent::Data(Report::Failed(error)) => {
+                let reason = Reason::new("data-stream", chain(&error));
+                self.engine.handle_abort(now, reason);
+            }
+            DestinationEvent::Reserved(op, vm, ram) => {
+                self.watch(&vm);
+                self.vm = Some(vm);
+                self.ram = Some(ram);
+                self.engine.handle_done(now, op, Ok(DestinationDone::Done));
+            }
+            DestinationEvent::Container(op, result) => self.engine.handle_done(now, op, result),
+            DestinationEvent::ContainerGone => self.engine.handle_container_gone(now),
+            DestinationEvent::Query => self.engine.handle_query(now),
+            DestinationEvent::Abort(reason, reply) => {
+                // Who asked may have gone away.
+                let _ = reply.send(self.engine.handle_abort(now, reason));
+            }
+        }
+    }
+
+    fn execute_all(&mut self) -> Option<DestinationEnding> {
+        while let Some(action) = self.engine.poll_action() {
+            if let DestinationAction::Finish(ending) = action {
+                return Some(ending);
+            }
+            self.execute(action);
+        }
+        None
+    }
+
+    fn execute(&mut self, action: DestinationAction) {
+        match action {
+            DestinationAction::Send(message) => self.send(&message),
+            DestinationAction::ConsultLedger(order) => {
+                let now = self.agent.now();
+                match self.agent.ledger(&order, &self.channel.peer.name) {
+                    Ok(ledger) => self.engine.handle_ledger(now, &ledger),
+                    Err(error) => {
+                        let reason = Reason::new("journal", chain(&error));
+                        self.engine.handle_connection_lost(now, reason);
+                    }
+                }
+            }
+            DestinationAction::Journal(op, record) => self.journal(op, &record),
+            DestinationAction::Reserve(op, offer) => {
+                self.worker.give(ContainerJob::Reserve(op, Box::new(offer)));
+            }
+            DestinationAction::ExpectStreams {
+                op,
+                streams,
+                layout,
+            } => {
+                self.tracked.update(|info| info.streams = streams);
+                self.streams = usize::from(streams);
+                let streams = (0..streams).map(|_| None).collect();
+                self.expected = Some(Expected {
+                    op,
+                    streams,
+                    layout,
+                });
+            }
+            DestinationAction::LoadDeviceState(op, seal) => match &self.shared {
+                Some(shared) => {
+                    self.worker
+                        .give(ContainerJob::Load(op, seal, Arc::clone(shared)));
+                }
+                None => self.report(op, Err(missing("streams"))),
+            },
+            DestinationAction::ComputeRoot(op) => {
+                let root = self.shared.as_ref().map(|shared| shared.digests.root());
+                let result = root
+                    .map(DestinationDone::Root)
+                    .ok_or_else(|| missing("digests"));
+                self.report(op, result);
+            }
+            DestinationAction::Activate(op) => {
+                fail_point("destination-after-owned-record");
+                self.worker.give(ContainerJob::Activate(op));
+            }
+            DestinationAction::Terminate(op) => {
+                self.close_streams();
+                self.worker.give(ContainerJob::Terminate(op));
+            }
+            // Taken out by the caller.
+            DestinationAction::Finish(_) => {}
+        }
+    }
+
+    fn journal(&mut self, op: Op, record: &DestinationRecord) {
+        debug!(?record, "journal");
+        let Some(order) = self.engine.order() else {
+            return self.report(op, Err(missing("order")));
+        };
+        let result = self.agent.store.record_destination(order, record);
+        let result = result
+            .map(|()| DestinationDone::Done)
+            .map_err(|error| Failure {
+                reason: Reason::new("journal", chain(&error)),
+                vm_gone: false,
+            });
+        self.report(op, result);
+    }
+
+    fn report(&mut self, op: Op, result: Result<DestinationDone, Failure>) {
+        let now = self.agent.now();
+        self.engine.handle_done(now, op, result);
+    }
+
+    fn send(&self, message: &Message) {
+        debug!(message = message.name(), "send");
+        if matches!(message, Message::Running(_)) {
+            fail_point("destination-before-running");
+        }
+        // A channel that broke is reported by the thread that receives from it.
+        if let Err(error) = self.channel.send(message) {
+            debug!(%error, "send failed");
+            self.channel.close();
+        }
+        if matches!(message, Message::Ready(_)) {
+            fail_point("destination-after-ready");
+        }
+    }
+
+    fn watch(&self, vm: &Arc<dyn Vm>) {
+        let (vm, ended, sender) = (Arc::clone(vm), Arc::clone(&self.ended), self.sender.clone());
+        let watch = move || {
+            while !ended.load(Ordering::Relaxed) {
+                if vm.wait_ended(Duration::from_millis(500)) {
+                    let _ = sender.send(DestinationEvent::ContainerGone);
+                    return;
+                }
+            }
+        };
+        if let Err(error) = thread::Builder::new()
+            .name("vm-watch".to_owned())
+            .spawn(watch)
+        {
+            warn!(%error, "the container is not watched");
+        }
+    }
+
+    /// Checks that a stream belongs to this migration, and starts all once the last is here.
+    fn admit(&mut self, stream: Authenticated, opening: Opening) -> Result<(), &'static str> {
+        let order = self.engine.order().ok_or("there is no order yet")?;
+        let expected = self
+            .expected
+            .as_mut()
+            .ok_or("no streams are expected now")?;
+        if stream.peer.name != order.source {
+            return Err("it comes from another host than the migration");
+        }
+        let slot = expected.streams.get_mut(usize::from(opening.index));
+        let slot = slot.ok_or("there is no stream of this index")?;
+        if slot.is_some() {
+            return Err("this stream is open already");
+        }
+        let context = exporter_context(opening.migration, opening.index);
+        let exporter = stream.exporter(&context).map_err(|_| "no exporter")?;
+        if !opening.holds(&self.secret, &exporter) {
+            return Err("its proof does not hold");
+        }
+        *slot = Some(Inbound::new(stream));
+        if expected.streams.iter().all(Option::is_some) {
+            let result = self.start_streams();
+            if let Some((op, result)) = result {
+                self.report(op, result);
+            }
+        }
+        Ok(())
+    }
+
+    fn start_streams(&mut self) -> Option<(Op, Result<DestinationDone, Failure>)> {
+        let Expected {
+            op,
+            streams,
+            layout,
+        } = self.expected.take()?;
+        let Some(ram) = self.ram.clone() else {
+            return Some((op, Err(missing("container"))));
+        };
+        let shared = Arc::new(Shared {
+            ram,
+            digests: Digests::new(&layout, self.digest_seed),
+            layout,
+            device_state: DeviceState::default(),
+            device_state_max: self.agent.config.limits.device_state.bytes(),
+            guest_bytes: Default::default(),
+        });
+        self.shared = Some(Arc::clone(&shared));
+        for (index, mut inbound) in (0..).zip(streams.into_iter().flatten()) {
+            let (shared, sender) = (Arc::clone(&shared), self.sender.clone());
+            let socket = inbound.socket().map(|socket| self.sockets.push(socket));
+            let work = move || {
+                receive(&mut inbound, index, &shared, &|report| {
+                    // A session that has ended wants no reports.
+                    let _ = sender.send(DestinationEvent::Data(report));
+                });
+            };
+            if let Err(error) = socket.and_then(|()| {
+                thread::Builder::new()
+                    .name(format!("receive-{index}"))
+                    .spawn(work)
+                    .map(drop)
+            }) {
+                let reason = Reason::new("internal", format!("no thread for a stream: {error}"));
+                return Some((
+                    op,
+                    Err(Failure {
+                        reason,
+                        vm_gone: false,
+                    }),
+                ));
+            }
+        }
+        Some((op, Ok(DestinationDone::Done)))
+    }
+
+    fn round_end(&mut self, now: Time, round: u32, last: bool) {
+        if round != self.round + 1 {
+            let reason = Reason::new("peer-misbehaved", "a round ended out of turn");
+            self.engine.handle_abort(now, reason);
+            return;
+        }
+        self.delivered += 1;
+        if self.delivered == self.streams {
+            self.delivered = 0;
+            self.round = round;
+            if round == 2 {
+                fail_point("destination-round");
+            }
+            self.engine.handle_round(now, round, last);
+        }
+    }
+
+    fn close_streams(&mut self) {
+        for socket in self.sockets.drain(..) {
+            // One that is closed already is as good.
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+        self.expected = None;
+    }
+
+    fn publish(&self) {
+        let phase = match self.engine.phase() {
+            DestinationPhase::Preparing => Phase::Preparing,
+            DestinationPhase::Reserving => Phase::Reserving,
+            DestinationPhase::Receiving => Phase::PreCopy,
+            DestinationPhase::Switchover => Phase::Switchover,
+            DestinationPhase::Committing => Phase::Committing,
+            DestinationPhase::Finishing | DestinationPhase::Ended => Phase::Erasing,
+        };
+        let now = self.agent.now();
+        let guest = self
+            .shared
+            .as_ref()
+            .map_or(0, |s| s.guest_bytes.load(Ordering::Relaxed));
+        self.tracked.update(|info| {
+            info.phase = phase;
+            info.rounds = self.engine.rounds();
+            info.total_time_ms = ms(now - self.began);
+            info.bytes_guest = guest;
+            info.reason = self.engine.reason().map(|reason| reason.message.clone());
+            info.memory_root = self.engine.root().map(|root| root.to_string());
+        });
+    }
+
+    fn finish(self, ending: &DestinationEnding) {
+        self.publish();
+        let (outcome, reason) = match ending {
+            DestinationEnding::Owned => (Outcome::Completed, None),
+            DestinationEnding::OwnedButEnded(reason) => (Outcome::VmEnded, Some(reason)),
+            DestinationEnding::Discarded(reason) | DestinationEnding::Refused(reason) => {
+                (Outcome::RunningOnSource, Some(reason))
+            }
+        };
+        match reason {
+            None => info!("the VM runs here"),
+            Some(reason) => warn!(%reason, ?outcome, "ended"),
+        }
+        if let Some(order) = self.engine.order() {
+            self.agent
+                .destination_ended(order, ending, self.vm.as_ref());
+        }
+        self.tracked.forget_session();
+        self.tracked.update(|info| {
+            info.phase = Phase::Done;
+            info.outcome = Some(outcome);
+            info.verified = outcome == Outcome::Completed;
+            if outcome == Outcome::Completed {
+                info.percent = 100.0;
+            }
+            info.error = reason.map(|reason| api_error(reason, &[], outcome));
+            info.reason = reason.map(|reason| reason.message.clone());
+        });
+        if !matches!(ending, DestinationEnding::Refused(_)) {
+            self.agent.keep_info(&self.tracked.info());
+        }
+    }
+}
+
+fn missing(what: &str) -> Failure {
+    Failure {
+        reason: Reason::new("internal", format!("no {what} at this point")),
+        vm_gone: false,
+    }
+}

@@ -1,0 +1,224 @@
+//! Executes what concerns the container one at a time and in order.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+use std::time::Duration;
+
+use palanquin_engine::destination::{DestinationDone, Op};
+use palanquin_engine::message::{Offer, Reason, Seal, WireBlocker};
+use palanquin_engine::order::Order;
+use palanquin_engine::pages::PAGE_BYTES;
+use palanquin_engine::source::Failure;
+use palanquin_host::vm::{Descriptor, GuestRam, Obstacle, PrepareError, RunState, Vm};
+use tracing::debug;
+
+use super::DestinationEvent;
+use crate::agent::Agent;
+use crate::data_receive::Shared;
+use crate::source_session::chain;
+use crate::store::StoredVm;
+
+/// Longest wait for the rest of a device state that was sealed already.
+const STATE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Something to do with the container.
+pub(super) enum ContainerJob {
+    Reserve(Op, Box<Offer>),
+    Load(Op, Seal, Arc<Shared>),
+    Activate(Op),
+    Terminate(Op),
+}
+
+/// The thread that does it.
+pub(super) struct ContainerWorker {
+    jobs: Sender<ContainerJob>,
+}
+
+struct Work {
+    agent: Arc<Agent>,
+    order: Order,
+    vm: Option<Arc<dyn Vm>>,
+    events: Sender<DestinationEvent>,
+}
+
+impl ContainerWorker {
+    pub(super) fn start(
+        agent: &Arc<Agent>,
+        order: &Order,
+        events: Sender<DestinationEvent>,
+    ) -> io::Result<Self> {
+        let (jobs, receiver) = channel();
+        let work = Work {
+            agent: Arc::clone(agent),
+            order: order.clone(),
+            vm: None,
+            events,
+        };
+        thread::Builder::new()
+            .name("container".to_owned())
+            .spawn(move || work.run(&receiver))?;
+        Ok(Self { jobs })
+    }
+
+    pub(super) fn give(&self, job: ContainerJob) {
+        // The thread lives as long as this sender does.
+        let _ = self.jobs.send(job);
+    }
+}
+
+fn failure(code: &str, error: &palanquin_host::Error) -> Failure {
+    Failure {
+        reason: Reason::new(code, chain(error)),
+        vm_gone: error.is_process_gone(),
+    }
+}
+
+/// An obstacle as it crosses the wire, cut to what the protocol allows.
+pub fn wire_blocker(obstacle: &Obstacle) -> WireBlocker {
+    let cut = |text: &str, len: usize| text.chars().take(len).collect();
+    WireBlocker {
+        code: cut(&obstacle.code, 64),
+        message: cut(&obstacle.message, 500),
+        remedy: cut(&obstacle.remedy, 500),
+    }
+}
+
+/// Reads the description of a hypervisor and checks that it agrees with the layout on offer.
+pub fn descriptor_of(offer: &Offer) -> Result<Descriptor, WireBlocker> {
+    let odd = |message: String| WireBlocker {
+        code: "descriptor".to_owned(),
+        message,
+        remedy: "Report this: the source describes a VM that cannot exist.".to_owned(),
+    };
+    let descriptor: Descriptor = serde_json::from_slice(&offer.descriptor)
+        .map_err(|error| odd(format!("the description of the VM cannot be read: {error}")))?;
+    let sizes = descriptor.regions.iter().map(|region| region.size_bytes);
+    if !sizes.eq(offer
+        .region_pages
+        .iter()
+        .map(|pages| pages.saturating_mul(PAGE_BYTES)))
+    {
+        return Err(odd(
+            "the description's memory is not the memory on offer".to_owned()
+        ));
+    }
+    Ok(descriptor)
+}
+
+impl Work {
+    fn run(mut self, jobs: &Receiver<ContainerJob>) {
+        while let Ok(job) = jobs.recv() {
+            let event = match job {
+                ContainerJob::Reserve(op, offer) => match self.reserve(&offer) {
+                    Ok(Ok((vm, ram))) => DestinationEvent::Reserved(op, vm, ram),
+                    Ok(Err(blockers)) => {
+                        DestinationEvent::Container(op, Ok(DestinationDone::Blocked(blockers)))
+                    }
+                    Err(failure) => DestinationEvent::Container(op, Err(failure)),
+                },
+                ContainerJob::Load(op, seal, shared) => {
+                    DestinationEvent::Container(op, self.load(&seal, &shared))
+                }
+                ContainerJob::Activate(op) => DestinationEvent::Container(op, self.activate()),
+                ContainerJob::Terminate(op) => DestinationEvent::Container(op, self.terminate()),
+            };
+            if self.events.send(event).is_err() {
+                return;
+            }
+        }
+    }
+
+    #[expect(
+        clippy::type_complexity,
+        reason = "container, or blockers, or a failure: used once"
+    )]
+    fn reserve(
+        &mut self,
+        offer: &Offer,
+    ) -> Result<Result<(Arc<dyn Vm>, Arc<dyn GuestRam>), Vec<WireBlocker>>, Failure> {
+        let descriptor = match descriptor_of(offer) {
+            Ok(descriptor) => descriptor,
+            Err(blocker) => return Ok(Err(vec![blocker])),
+        };
+        let dir = self.agent.vm_dir(self.order.vm);
+        let available = self.agent.memory_for(self.order.migration);
+        let available = available.map_err(|error| failure("memory", &error))?;
+        let vm = match self.agent.hypervisor.prepare(&descriptor, &dir, available) {
+            Ok(vm) => vm,
+            Err(PrepareError::Blocked(obstacles)) => {
+                return Ok(Err(obstacles.iter().map(wire_blocker).collect()));
+            }
+            Err(PrepareError::Failed(error)) => return Err(failure("container", &error)),
+        };
+        self.vm = Some(Arc::clone(&vm));
+        let ram = vm.ram().map_err(|error| failure("container", &error))?;
+        // Known before it is told to anybody, so that a restarted agent finds and ends it.
+        let stored = StoredVm {
+            id: self.order.vm,
+            name: self.order.vm_name.clone(),
+            epoch: self.order.epoch,
+            handle: vm.handle(),
+            adopted: false,
+            incoming: true,
+            memory_bytes: descriptor
+                .regions
+                .iter()
+                .map(|region| region.size_bytes)
+                .sum(),
+        };
+        self.agent
+            .register_container(&stored, &vm, self.order.migration)
+            .map_err(|error| Failure {
+                reason: Reason::new("journal", chain(&error)),
+                vm_gone: false,
+            })?;
+        Ok(Ok((vm, ram)))
+    }
+
+    fn vm(&self) -> Result<&Arc<dyn Vm>, Failure> {
+        self.vm.as_ref().ok_or_else(|| Failure {
+            reason: Reason::new("container-ended", "there is no container"),
+            vm_gone: true,
+        })
+    }
+
+    fn load(&self, seal: &Seal, shared: &Shared) -> Result<DestinationDone, Failure> {
+        let state = shared
+            .device_state
+            .take(seal, STATE_TIMEOUT)
+            .map_err(|error| Failure {
+                reason: Reason::new("device-state", error.to_string()),
+                vm_gone: false,
+            })?;
+        self.vm()?
+            .load_device_state(&state)
+            .map_err(|error| failure("device-state", &error))?;
+        Ok(DestinationDone::Done)
+    }
+
+    fn activate(&self) -> Result<DestinationDone, Failure> {
+        let vm = self.vm()?;
+        if self.order.run {
+            vm.resume().map_err(|error| failure("resume", &error))?;
+        }
+        debug_assert!(!matches!(vm.run_state(), Ok(RunState::Incoming)));
+        Ok(DestinationDone::Done)
+    }
+
+    fn terminate(&mut self) -> Result<DestinationDone, Failure> {
+        debug!("end the container");
+        if let Some(vm) = self.vm.take() {
+            vm.terminate()
+                .map_err(|error| failure("container", &error))?;
+        }
+        match std::fs::remove_dir_all(self.agent.vm_dir(self.order.vm)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Failure {
+                reason: Reason::new("container", chain(&error)),
+                vm_gone: false,
+            }),
+            _ => Ok(DestinationDone::Done),
+        }
+    }
+}

@@ -1,0 +1,327 @@
+//! The control and observe sockets.
+//!
+//! Two UNIX sockets, because what observes must not control: the observe socket has no route that changes
+//! anything, and everybody on the host may read it. The control socket is for root and the agent's own user.
+
+use std::convert::Infallible;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{DefaultBodyLimit, Path as UrlPath, Query, State};
+use axum::http::StatusCode;
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use palanquin_api::control::{
+    AdoptVm, ApiError, DoctorRequest, ErrorKind, MigrationInfo, ResolveMigration, RunVm,
+    StartMigration,
+};
+use serde::Deserialize;
+use serde_json::Value;
+use tokio::net::{UnixListener, UnixStream};
+use uuid::Uuid;
+
+use crate::agent::Agent;
+use crate::metrics;
+use crate::operations::error;
+
+/// Longest request.
+const BODY_MAX: usize = 256 * 1024;
+/// Longest wait of a watcher for news.
+const WATCH_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often the observe socket's events are looked for.
+const EVENT_TICK: Duration = Duration::from_millis(500);
+
+struct Failed(ApiError);
+
+impl IntoResponse for Failed {
+    fn into_response(self) -> Response {
+        let status = match self.0.kind {
+            ErrorKind::Usage => StatusCode::BAD_REQUEST,
+            ErrorKind::NotFound => StatusCode::NOT_FOUND,
+            ErrorKind::Refused => StatusCode::FORBIDDEN,
+            ErrorKind::Blocked | ErrorKind::Aborted | ErrorKind::InDoubt => StatusCode::CONFLICT,
+            _ => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        (status, Json(self.0)).into_response()
+    }
+}
+
+type Answer = Result<Json<Value>, Failed>;
+
+/// Runs something that blocks, away from the threads that serve.
+async fn blocking<T: serde::Serialize + Send + 'static>(
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Answer {
+    let internal = |message: String| Failed(error(ErrorKind::Internal, message, None));
+    let result = tokio::task::spawn_blocking(work).await;
+    let value = result
+        .map_err(|problem| internal(problem.to_string()))?
+        .map_err(Failed)?;
+    serde_json::to_value(value)
+        .map(Json)
+        .map_err(|problem| internal(problem.to_string()))
+}
+
+/// A body that is read as this type, or else the reason why it is not one.
+fn body<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, Failed> {
+    let bytes = if bytes.is_empty() { b"{}" } else { bytes };
+    serde_json::from_slice(bytes).map_err(|problem| {
+        Failed(error(
+            ErrorKind::Usage,
+            format!("the request cannot be read: {problem}"),
+            None,
+        ))
+    })
+}
+
+#[derive(Deserialize)]
+struct Watch {
+    #[serde(default)]
+    after: u64,
+}
+
+type Shared = State<Arc<Agent>>;
+
+fn readable() -> Router<Arc<Agent>> {
+    Router::new()
+        .route(
+            "/v1/host",
+            get(|State(agent): Shared| blocking(move || agent.host_info())),
+        )
+        .route("/v1/vms", get(list_vms))
+        .route("/v1/migrations", get(list_migrations))
+}
+
+async fn list_vms(State(agent): Shared) -> Answer {
+    blocking(move || {
+        Ok(agent
+            .entries()
+            .iter()
+            .map(|entry| agent.vm_info(entry))
+            .collect::<Vec<_>>())
+    })
+    .await
+}
+
+fn infos(agent: &Agent) -> Vec<MigrationInfo> {
+    let mut infos: Vec<_> = agent
+        .migrations()
+        .iter()
+        .map(|tracked| tracked.info())
+        .collect();
+    infos.sort_by_key(|info| info.id);
+    infos
+}
+
+async fn list_migrations(State(agent): Shared) -> Answer {
+    blocking(move || Ok(infos(&agent))).await
+}
+
+fn control(agent: Arc<Agent>) -> Router {
+    readable()
+        .route("/v1/vms", post(run_vm))
+        .route("/v1/vms/adopt", post(adopt_vm))
+        .route("/v1/vms/{name}", get(show_vm))
+        .route("/v1/vms/{name}/stop", post(stop_vm))
+        .route("/v1/migrations", post(start_migration))
+        .route("/v1/migrations/{id}", get(show_migration))
+        .route("/v1/migrations/{id}/watch", get(watch_migration))
+        .route("/v1/migrations/{id}/abort", post(abort_migration))
+        .route("/v1/migrations/{id}/resolve", post(resolve_migration))
+        .route("/v1/doctor", post(doctor))
+        .fallback(nowhere)
+        .layer(DefaultBodyLimit::max(BODY_MAX))
+        .with_state(agent)
+}
+
+fn observe(agent: Arc<Agent>) -> Router {
+    readable()
+        .route(
+            "/metrics",
+            get(|State(agent): Shared| async move { metrics::render(&agent) }),
+        )
+        .route("/v1/events", get(events))
+        .fallback(nowhere)
+        .layer(DefaultBodyLimit::max(0))
+        .with_state(agent)
+}
+
+async fn nowhere() -> Failed {
+    Failed(error(
+        ErrorKind::NotFound,
+        "there is nothing at this path on this socket",
+        None,
+    ))
+}
+
+async fn run_vm(State(agent): Shared, bytes: axum::body::Bytes) -> Answer {
+    let request: RunVm = body(&bytes)?;
+    blocking(move || agent.run_vm(&request.spec)).await
+}
+
+async fn adopt_vm(State(agent): Shared, bytes: axum::body::Bytes) -> Answer {
+    let request: AdoptVm = body(&bytes)?;
+    blocking(move || agent.adopt_vm(&request.name, request.pid, Path::new(&request.qmp))).await
+}
+
+async fn show_vm(State(agent): Shared, UrlPath(name): UrlPath<String>) -> Answer {
+    blocking(move || agent.show_vm(&name)).await
+}
+
+async fn stop_vm(State(agent): Shared, UrlPath(name): UrlPath<String>) -> Answer {
+    blocking(move || agent.stop_vm(&name)).await
+}
+
+async fn start_migration(State(agent): Shared, bytes: axum::body::Bytes) -> Answer {
+    let request: StartMigration = body(&bytes)?;
+    blocking(move || agent.start_migration(&request)).await
+}
+
+async fn show_migration(State(agent): Shared, UrlPath(id): UrlPath<Uuid>) -> Answer {
+    blocking(move || agent.tracked(id).map(|tracked| tracked.info())).await
+}
+
+async fn watch_migration(
+    State(agent): Shared,
+    UrlPath(id): UrlPath<Uuid>,
+    Query(watch): Query<Watch>,
+) -> Answer {
+    blocking(move || {
+        agent
+            .tracked(id)
+            .map(|t| t.wait_change(watch.after, WATCH_TIMEOUT))
+    })
+    .await
+}
+
+async fn abort_migration(State(agent): Shared, UrlPath(id): UrlPath<Uuid>) -> Answer {
+    blocking(move || agent.abort_migration(id)).await
+}
+
+async fn resolve_migration(
+    State(agent): Shared,
+    UrlPath(id): UrlPath<Uuid>,
+    bytes: axum::body::Bytes,
+) -> Answer {
+    let request: ResolveMigration = body(&bytes)?;
+    blocking(move || agent.resolve_migration(id, &request)).await
+}
+
+async fn doctor(State(agent): Shared, bytes: axum::body::Bytes) -> Answer {
+    let request: DoctorRequest = body(&bytes)?;
+    blocking(move || agent.doctor(&request)).await
+}
+
+/// Every migration whenever it has changed.
+async fn events(
+    State(agent): Shared,
+) -> Sse<impl futures_core::Stream<Item = Result<Event, Infallible>>> {
+    let (sender, receiver) = tokio::sync::mpsc::channel(64);
+    tokio::spawn(async move {
+        let mut seen = std::collections::HashMap::new();
+        let mut tick = tokio::time::interval(EVENT_TICK);
+        loop {
+            tick.tick().await;
+            for info in infos(&agent) {
+                if seen.insert(info.id, info.revision) != Some(info.revision) {
+                    let event = Event::default().event("migration");
+                    let Ok(event) = event.json_data(&info) else {
+                        continue;
+                    };
+                    if sender.send(Ok(event)).await.is_err() {
+                        return;
+                    }
+                }
+            }
+            if sender.is_closed() {
+                return;
+            }
+        }
+    });
+    Sse::new(tokio_stream::wrappers::ReceiverStream::new(receiver)).keep_alive(KeepAlive::default())
+}
+
+/// A UNIX socket that serves only some users.
+struct Door {
+    listener: UnixListener,
+    /// Whether only root and our own user may enter.
+    guarded: bool,
+}
+
+impl axum::serve::Listener for Door {
+    type Io = UnixStream;
+    type Addr = tokio::net::unix::SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
+        loop {
+            match self.listener.accept().await {
+                Ok((stream, address)) => {
+                    let own = rustix::process::geteuid().as_raw();
+                    let uid = stream.peer_cred().map(|peer| peer.uid());
+                    match uid {
+                        _ if !self.guarded => return (stream, address),
+                        Ok(uid) if uid == 0 || uid == own => return (stream, address),
+                        Ok(uid) => {
+                            tracing::warn!(uid, "a user who may not control was turned away")
+                        }
+                        Err(problem) => {
+                            tracing::warn!(%problem, "a user without credentials was turned away")
+                        }
+                    }
+                }
+                Err(problem) => {
+                    tracing::warn!(%problem, "a connection could not be accepted");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<Self::Addr> {
+        self.listener.local_addr()
+    }
+}
+
+fn open(path: &Path, mode: u32, guarded: bool) -> io::Result<Door> {
+    match std::fs::remove_file(path) {
+        Err(problem) if problem.kind() != io::ErrorKind::NotFound => return Err(problem),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+    Ok(Door { listener, guarded })
+}
+
+/// Path of the control socket.
+pub fn control_path(runtime_dir: &Path) -> PathBuf {
+    runtime_dir.join("control.sock")
+}
+
+/// Path of the observe socket.
+pub fn observe_path(runtime_dir: &Path) -> PathBuf {
+    runtime_dir.join("observe.sock")
+}
+
+/// Serves both sockets until the future `stop` ends.
+///
+/// # Errors
+///
+/// A socket can't be made.
+pub async fn serve(agent: &Arc<Agent>, stop: impl Future<Output = ()>) -> io::Result<()> {
+    let dir = &agent.config.runtime_dir;
+    let control_door = open(&control_path(dir), 0o660, true)?;
+    let observe_door = open(&observe_path(dir), 0o666, false)?;
+    let control = axum::serve(control_door, control(Arc::clone(agent))).into_future();
+    let observe = axum::serve(observe_door, observe(Arc::clone(agent))).into_future();
+    let (control, observe) = (tokio::spawn(control), tokio::spawn(observe));
+    tracing::info!(control = %control_path(dir).display(), "ready");
+    stop.await;
+    control.abort();
+    observe.abort();
+    Ok(())
+}

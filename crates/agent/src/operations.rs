@@ -1,0 +1,740 @@
+//! What operators may ask of the agent. Everything here blocks.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::time::Duration;
+
+use aws_lc_rs::rand;
+use palanquin_api::control::{
+    AbortAnswer, AbortOutcome, ApiError, Blocker, DoctorReport, DoctorRequest, ErrorKind, HostInfo,
+    MigrationInfo, OperatorAssertion, Outcome, Phase, ResolveMigration, Side, StartMigration,
+    Strategy, VmInfo,
+};
+use palanquin_api::vm_spec::{Accel, VmSpec};
+use palanquin_engine::convergence::Limits;
+use palanquin_engine::message::{Hello, Offer, Reason, Verdict};
+use palanquin_engine::order::is_name;
+use palanquin_engine::pages::{PAGE_BYTES, RamLayout};
+use palanquin_engine::source::{AbortDisposition, SourceConfig};
+use palanquin_engine::time::Timing;
+use palanquin_engine::{Message, MigrationId, Order, Source, VmId};
+use palanquin_host::facts;
+use palanquin_host::vm::{Disk, Machine, Network, Obstacle, RunState, Vm};
+use uuid::Uuid;
+
+use crate::agent::{Agent, Entry};
+use crate::channel::Channel;
+use crate::source_session::{SourceEvent, SourceParams, chain, dial};
+use crate::store::StoredVm;
+use crate::tracked::{Session, api_blocker, info_of};
+
+/// Data streams where none are asked for: one for each core of a small host.
+const STREAMS_DEFAULT: u16 = 2;
+/// Seconds for which an order is good: hosts' clocks may differ by some of them.
+const ORDER_LIFE_S: u64 = 300;
+/// Longest wait for an abort's outcome.
+const ABORT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Longest wait for the destination's answer once it is too late to abort.
+const TOO_LATE_TIMEOUT: Duration = Duration::from_secs(5);
+
+type Answer<T> = Result<T, ApiError>;
+
+/// An error for operators.
+pub fn error(kind: ErrorKind, message: impl Into<String>, hint: Option<&str>) -> ApiError {
+    ApiError {
+        kind,
+        message: message.into(),
+        causes: Vec::new(),
+        hint: hint.map(str::to_owned),
+        blockers: Vec::new(),
+    }
+}
+
+fn internal(message: &str, cause: &dyn std::error::Error) -> ApiError {
+    ApiError {
+        causes: vec![chain(cause)],
+        ..error(ErrorKind::Internal, message, None)
+    }
+}
+
+fn blocker(side: Side, obstacle: Obstacle) -> Blocker {
+    let Obstacle {
+        code,
+        message,
+        remedy,
+    } = obstacle;
+    Blocker {
+        side,
+        code,
+        message,
+        remedy,
+    }
+}
+
+fn new_uuid() -> Answer<Uuid> {
+    let mut bytes = [0; 16];
+    rand::fill(&mut bytes)
+        .map_err(|_| error(ErrorKind::Internal, "this host has no randomness", None))?;
+    Ok(uuid::Builder::from_random_bytes(bytes).into_uuid())
+}
+
+impl Agent {
+    /// Deadlines of the engines under this configuration.
+    pub fn timing(&self) -> Timing {
+        Timing {
+            silence: self.config.limits.peer_silence.get(),
+            ..Timing::default()
+        }
+    }
+
+    /// This host.
+    ///
+    /// # Errors
+    ///
+    /// This machine does not tell its memory.
+    pub fn host_info(&self) -> Answer<HostInfo> {
+        let problem = |e: palanquin_host::Error| internal("this machine can't be looked at", &e);
+        Ok(HostInfo {
+            name: self.config.name.clone(),
+            spiffe_id: self.tls.identity.to_string(),
+            version: crate::SOFTWARE.to_owned(),
+            qemu_version: self.hypervisor.version().ok(),
+            kernel: facts::kernel_release(),
+            memory_total_bytes: facts::memory_total_bytes().map_err(problem)?,
+            memory_available_bytes: self
+                .memory_for(MigrationId([0; 16]))
+                .map_err(|e| internal("this machine can't be looked at", &e))?,
+            peers: self.config.hosts.keys().cloned().collect(),
+        })
+    }
+
+    fn named(&self, name: &str) -> Answer<Entry> {
+        self.entry(name).ok_or_else(|| {
+            let hint = "`palanquin vm ls` lists the VMs of this host";
+            error(
+                ErrorKind::NotFound,
+                format!("there is no VM {name:?} on this host"),
+                Some(hint),
+            )
+        })
+    }
+
+    /// A VM by its name.
+    ///
+    /// # Errors
+    ///
+    /// There is none.
+    pub fn show_vm(&self, name: &str) -> Answer<VmInfo> {
+        self.named(name).map(|entry| self.vm_info(&entry))
+    }
+
+    fn free_name(&self, name: &str) -> Answer<()> {
+        if !is_name(name) {
+            let hint = "1 to 64 letters, digits, `.`, `_` or `-`, starting with a letter or digit";
+            return Err(error(
+                ErrorKind::Usage,
+                format!("{name:?} is no name for a VM"),
+                Some(hint),
+            ));
+        }
+        match self.entry(name) {
+            None => Ok(()),
+            Some(_) => {
+                let hint = "`palanquin vm stop` removes it, or choose another name";
+                Err(error(
+                    ErrorKind::Usage,
+                    format!("there is a VM {name:?} already"),
+                    Some(hint),
+                ))
+            }
+        }
+    }
+
+    /// Starts a VM.
+    ///
+    /// # Errors
+    ///
+    /// The specification makes no sense, its name is taken, or QEMU does not start.
+    pub fn run_vm(&self, spec: &VmSpec) -> Answer<VmInfo> {
+        self.free_name(&spec.name)?;
+        let uuid = spec.uuid.map_or_else(new_uuid, Ok)?;
+        let id = VmId(*uuid.as_bytes());
+        if self.entries().iter().any(|entry| entry.stored.id == id) {
+            return Err(error(
+                ErrorKind::Usage,
+                format!("there is a VM {uuid} already"),
+                None,
+            ));
+        }
+        let machine = machine_of(spec, uuid);
+        let dir = self.vm_dir(id);
+        let vm = self.hypervisor.spawn(&machine, &dir).map_err(|problem| {
+            let mut error = internal("the VM does not start", &problem);
+            error.kind = ErrorKind::Blocked;
+            error
+        })?;
+        self.adopt_entry(&vm, id, &spec.name, false, spec.memory.total_bytes())
+    }
+
+    /// Takes over a running QEMU.
+    ///
+    /// # Errors
+    ///
+    /// It can't be reached, or its name or identity is taken.
+    pub fn adopt_vm(&self, name: &str, pid: u32, qmp: &Path) -> Answer<VmInfo> {
+        self.free_name(name)?;
+        let uuid = new_uuid()?;
+        let id = VmId(*uuid.as_bytes());
+        let vm = self.hypervisor.adopt(pid, qmp, &self.vm_dir(id)).map_err(|problem| {
+            let mut error = internal("that QEMU can't be adopted", &problem);
+            error.kind = ErrorKind::Blocked;
+            error.hint = Some(
+                "the socket must be a QMP socket of that process which nobody else is connected to".to_owned(),
+            );
+            error
+        })?;
+        // Adopted VMs that can't be moved are still worth watching.
+        let regions = vm
+            .ram()
+            .map(|ram| ram.regions().iter().map(|r| r.size_bytes).sum());
+        self.adopt_entry(&vm, id, name, true, regions.unwrap_or(0))
+    }
+
+    fn adopt_entry(
+        &self,
+        vm: &Arc<dyn Vm>,
+        id: VmId,
+        name: &str,
+        adopted: bool,
+        memory_bytes: u64,
+    ) -> Answer<VmInfo> {
+        let stored = self.next_epoch(id).and_then(|epoch| {
+            let stored = StoredVm {
+                id,
+                name: name.to_owned(),
+                epoch,
+                handle: vm.handle(),
+                adopted,
+                incoming: false,
+                memory_bytes,
+            };
+            self.store.put_vm(&stored).map(|()| stored)
+        });
+        let stored = match stored {
+            Ok(stored) => stored,
+            Err(problem) => {
+                if !adopted && let Err(problem) = vm.terminate() {
+                    tracing::error!(
+                        problem = chain(&problem),
+                        "a VM that is not recorded does not end"
+                    );
+                }
+                return Err(internal("the VM can't be recorded", &problem));
+            }
+        };
+        let entry = Entry {
+            stored,
+            vm: Some(Arc::clone(vm)),
+            migration: None,
+        };
+        let info = self.vm_info(&entry);
+        self.put_entry(entry);
+        Ok(info)
+    }
+
+    /// Ends a VM and removes what is left of it.
+    ///
+    /// # Errors
+    ///
+    /// There is none of that name, a migration works on it, or it does not end.
+    pub fn stop_vm(&self, name: &str) -> Answer<VmInfo> {
+        let entry = self.named(name)?;
+        if entry.migration.is_some() || entry.stored.incoming {
+            let hint = "`palanquin migration ls` shows it; abort it first";
+            return Err(error(
+                ErrorKind::Usage,
+                "a migration works on this VM",
+                Some(hint),
+            ));
+        }
+        let mut info = self.vm_info(&entry);
+        if let Some(vm) = &entry.vm {
+            vm.terminate()
+                .map_err(|problem| internal("the VM does not end", &problem))?;
+        }
+        self.store
+            .remove_vm(entry.stored.id)
+            .map_err(|problem| internal("the VM's end can't be recorded", &problem))?;
+        self.remove_entry(entry.stored.id);
+        let _ = std::fs::remove_dir_all(self.vm_dir(entry.stored.id));
+        info.state = palanquin_api::control::VmState::Stopped;
+        info.pid = None;
+        Ok(info)
+    }
+
+    /// Starts a migration.
+    ///
+    /// # Errors
+    ///
+    /// The request makes no sense, or something on this host stands in its way.
+    pub fn start_migration(self: &Arc<Self>, request: &StartMigration) -> Answer<MigrationInfo> {
+        check_request(request)?;
+        let entry = self.named(&request.vm)?;
+        if !self.config.hosts.contains_key(&request.to) {
+            let hint = "list it under `[hosts]` in the agent's configuration";
+            let message = format!("host {:?} is not known here", request.to);
+            return Err(error(ErrorKind::NotFound, message, Some(hint)));
+        }
+        if request.to == self.config.name {
+            return Err(error(
+                ErrorKind::Usage,
+                "the VM is on that host already",
+                None,
+            ));
+        }
+        if u32::try_from(self.active(Side::Source)).unwrap_or(u32::MAX)
+            >= self.config.limits.max_outbound
+        {
+            let hint = "wait until others have ended, or raise `limits.max-outbound`";
+            return Err(error(
+                ErrorKind::Blocked,
+                "too many migrations leave this host",
+                Some(hint),
+            ));
+        }
+        let (vm, offer, layout) = self.offer_of(&entry, &request.to, request.streams)?;
+        let order = offer.order.clone();
+        if !self.claim(order.vm, order.migration) {
+            let hint = "`palanquin migration ls` shows it";
+            return Err(error(
+                ErrorKind::Usage,
+                "a migration works on this VM already",
+                Some(hint),
+            ));
+        }
+        let limits = limits_of(request);
+        let config = SourceConfig {
+            order: order.clone(),
+            limits,
+            timing: self.timing(),
+            software: crate::SOFTWARE.to_owned(),
+        };
+        let params = SourceParams {
+            bandwidth_bytes_per_s: request.bandwidth_bytes_per_s,
+            layout: Some(layout.clone()),
+            digest_seed: offer.digest_seed,
+            device_state_max: self.config.limits.device_state.bytes(),
+        };
+        let info = info_of(&order, Side::Source, layout.total_bytes());
+        let engine = Source::new(self.now(), config, offer);
+        match self.run_source(engine, Some(vm), params, info) {
+            Ok(tracked) => Ok(tracked.info()),
+            Err(problem) => {
+                self.put_entry(Entry {
+                    migration: None,
+                    ..entry
+                });
+                Err(internal("no thread for the migration", &problem))
+            }
+        }
+    }
+
+    /// What would be offered for a VM: fails with every blocker of this side.
+    fn offer_of(
+        &self,
+        entry: &Entry,
+        to: &str,
+        streams: Option<u16>,
+    ) -> Answer<(Arc<dyn Vm>, Offer, RamLayout)> {
+        let stored = &entry.stored;
+        let gone = || {
+            let hint = "`palanquin vm show` tells its state";
+            error(
+                ErrorKind::Blocked,
+                format!("VM {:?} does not run here", stored.name),
+                Some(hint),
+            )
+        };
+        let vm = entry
+            .vm
+            .clone()
+            .filter(|_| !stored.incoming)
+            .ok_or_else(gone)?;
+        let looked = vm
+            .obstacles()
+            .map_err(|problem| internal("the VM can't be looked at", &problem))?;
+        if !looked.is_empty() {
+            return Err(ApiError {
+                blockers: looked
+                    .into_iter()
+                    .map(|found| blocker(Side::Source, found))
+                    .collect(),
+                ..error(
+                    ErrorKind::Blocked,
+                    format!("VM {:?} can't be migrated", stored.name),
+                    None,
+                )
+            });
+        }
+        let problem = |e: palanquin_host::Error| internal("the VM can't be described", &e);
+        let descriptor = vm.describe().map_err(problem)?;
+        let run = vm
+            .run_state()
+            .map_err(|e| internal("the VM can't be described", &e))?
+            == RunState::Running;
+        let region_pages: Vec<u64> = descriptor
+            .regions
+            .iter()
+            .map(|region| region.size_bytes / PAGE_BYTES)
+            .collect();
+        let layout = RamLayout::new(region_pages.clone())
+            .map_err(|problem| internal("the VM can't be described", &problem))?;
+        let mut seed = [0; 8];
+        rand::fill(&mut seed)
+            .map_err(|_| error(ErrorKind::Internal, "this host has no randomness", None))?;
+        let order = Order {
+            migration: MigrationId(*new_uuid()?.as_bytes()),
+            vm: stored.id,
+            vm_name: stored.name.clone(),
+            epoch: stored.epoch,
+            source: self.config.name.clone(),
+            destination: to.to_owned(),
+            expires_unix_s: self.unix_s() + ORDER_LIFE_S,
+            run,
+        };
+        let descriptor = serde_json::to_vec(&descriptor)
+            .map_err(|problem| internal("the VM can't be described", &problem))?;
+        let offer = Offer {
+            order,
+            descriptor,
+            region_pages,
+            streams: streams.unwrap_or(STREAMS_DEFAULT),
+            digest_seed: u64::from_le_bytes(seed),
+        };
+        Ok((vm, offer, layout))
+    }
+
+    /// A migration by its identity.
+    ///
+    /// # Errors
+    ///
+    /// There is none.
+    pub fn tracked(&self, id: Uuid) -> Answer<Arc<crate::tracked::Tracked>> {
+        self.migration(MigrationId(*id.as_bytes())).ok_or_else(|| {
+            let hint = "`palanquin migration ls` lists them";
+            error(
+                ErrorKind::NotFound,
+                format!("there is no migration {id} here"),
+                Some(hint),
+            )
+        })
+    }
+
+    /// Ends a migration, if that is still possible.
+    ///
+    /// # Errors
+    ///
+    /// There is none, it has ended with the VM lost, or its session does not answer.
+    pub fn abort_migration(&self, id: Uuid) -> Answer<AbortAnswer> {
+        let tracked = self.tracked(id)?;
+        let reason = Reason::new("operator", "aborted by the operator");
+        let disposition = match tracked.session() {
+            None => None,
+            Some(Session::Source(sender)) => {
+                let (reply, answer) = channel();
+                let _ = sender.send(SourceEvent::Abort(reason, reply));
+                answer.recv_timeout(ABORT_TIMEOUT).ok()
+            }
+            Some(Session::Destination(sender)) => {
+                let (reply, answer) = channel();
+                let _ = sender.send(crate::destination_session::DestinationEvent::Abort(
+                    reason, reply,
+                ));
+                let aborting = answer.recv_timeout(ABORT_TIMEOUT).ok();
+                aborting.map(|yes| {
+                    if yes {
+                        AbortDisposition::Aborting
+                    } else {
+                        AbortDisposition::TooLate
+                    }
+                })
+            }
+        };
+        let timeout = match disposition {
+            Some(AbortDisposition::TooLate) => TOO_LATE_TIMEOUT,
+            _ => ABORT_TIMEOUT,
+        };
+        let info = tracked.wait_done(timeout);
+        let (outcome, hint) = match (info.phase, info.outcome) {
+            (Phase::Done, Some(Outcome::Completed)) => (AbortOutcome::TooLateCommitted, None),
+            (Phase::Done, Some(Outcome::RunningOnSource)) => (AbortOutcome::RunningOnSource, None),
+            (Phase::Done, _) => {
+                let message = info.reason.unwrap_or_else(|| "the VM ended".to_owned());
+                return Err(error(ErrorKind::Internal, message, None));
+            }
+            _ => (
+                AbortOutcome::InDoubt,
+                Some(format!(
+                    "the destination has not answered; `palanquin migration watch {id}`"
+                )),
+            ),
+        };
+        Ok(AbortAnswer { outcome, hint })
+    }
+
+    /// Helps a migration in doubt to its end.
+    ///
+    /// # Errors
+    ///
+    /// There is none, or it is not in doubt.
+    pub fn resolve_migration(&self, id: Uuid, request: &ResolveMigration) -> Answer<MigrationInfo> {
+        let tracked = self.tracked(id)?;
+        let Some(Session::Source(sender)) = tracked.session() else {
+            return Ok(tracked.info());
+        };
+        let info = tracked.info();
+        if info.phase != Phase::InDoubt {
+            let hint = "`palanquin migration watch` shows how it goes on";
+            return Err(error(
+                ErrorKind::Usage,
+                "this migration is not in doubt",
+                Some(hint),
+            ));
+        }
+        let event = match request.assert {
+            None => SourceEvent::Redial,
+            Some(OperatorAssertion::DestinationLostIt) => SourceEvent::Assert(Verdict::Discarded),
+            Some(OperatorAssertion::DestinationRunsIt) => {
+                SourceEvent::Assert(Verdict::Owned(palanquin_engine::Epoch(info.epoch)))
+            }
+        };
+        let _ = sender.send(event);
+        Ok(tracked.wait_done(Duration::from_secs(20)))
+    }
+
+    /// Looks for everything that stands in the way.
+    ///
+    /// # Errors
+    ///
+    /// The VM or host is not known.
+    pub fn doctor(&self, request: &DoctorRequest) -> Answer<DoctorReport> {
+        let mut report = DoctorReport::default();
+        self.examine_host(&mut report);
+        let mut offer = None;
+        if let Some(name) = &request.vm {
+            let entry = self.named(name)?;
+            let to = request
+                .to
+                .clone()
+                .unwrap_or_else(|| self.config.name.clone());
+            match self.offer_of(&entry, &to, None) {
+                Ok((_, found, layout)) => {
+                    report.passed.push(format!(
+                        "VM {name:?} can be followed and described ({} MiB)",
+                        layout.total_bytes() >> 20
+                    ));
+                    offer = Some(found);
+                }
+                Err(problem) if problem.blockers.is_empty() => report.blockers.push(Blocker {
+                    side: Side::Source,
+                    code: "vm".to_owned(),
+                    message: [vec![problem.message], problem.causes].concat().join(": "),
+                    remedy: problem
+                        .hint
+                        .unwrap_or_else(|| "Look at the VM's log.".to_owned()),
+                }),
+                Err(problem) => report.blockers.extend(problem.blockers),
+            }
+        }
+        if let Some(to) = &request.to {
+            self.examine_peer(to, offer, &mut report);
+        }
+        Ok(report)
+    }
+
+    fn examine_host(&self, report: &mut DoctorReport) {
+        match self.hypervisor.version() {
+            Ok(version) => report.passed.push(format!("QEMU {version}")),
+            Err(problem) => report.blockers.push(Blocker {
+                side: Side::Source,
+                code: "qemu-missing".to_owned(),
+                message: chain(&problem),
+                remedy: "Install QEMU, or set `qemu.binary`.".to_owned(),
+            }),
+        }
+        let release = facts::kernel_release();
+        let mut parts = release
+            .split(['.', '-'])
+            .map_while(|part| part.parse::<u32>().ok());
+        let version = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
+        if version >= (6, 7) {
+            report.passed.push(format!("Linux {release}"));
+        } else {
+            report.blockers.push(Blocker {
+                side: Side::Source,
+                code: "kernel".to_owned(),
+                message: format!("Linux {release} can't follow writes to memory from outside"),
+                remedy: "Linux 6.7 or newer is needed.".to_owned(),
+            });
+        }
+    }
+
+    fn examine_peer(&self, to: &str, offer: Option<Offer>, report: &mut DoctorReport) {
+        let mut found = |code: &str, message: String, remedy: &str| {
+            report.blockers.push(Blocker {
+                side: Side::Destination,
+                code: code.to_owned(),
+                message,
+                remedy: remedy.to_owned(),
+            });
+        };
+        let connection = match dial(self, to, false) {
+            Ok(connection) => connection,
+            Err(reason) => {
+                let remedy = "Is its agent running, its address right, and its certificate from the same \
+                              authority?";
+                return found(&reason.code, reason.message, remedy);
+            }
+        };
+        let answer = Channel::new(connection)
+            .map_err(Into::into)
+            .and_then(|channel| {
+                channel.set_receive_timeout(Some(Duration::from_secs(20)))?;
+                channel.send(&Message::Hello(Hello::ours(crate::SOFTWARE)))?;
+                let greeting = channel.receive()?;
+                let Some(offer) = offer else {
+                    return Ok((channel, greeting, None));
+                };
+                channel.send(&Message::Check(offer))?;
+                let reply = channel.receive()?;
+                Ok::<_, crate::channel::ChannelError>((channel, greeting, Some(reply)))
+            });
+        match answer {
+            Err(problem) => {
+                let remedy = "Look at the log of the destination's agent: it names why it refuses.";
+                found("refused", chain(&problem), remedy);
+            }
+            Ok((_, Message::HelloReply(reply), _)) if reply.version.is_none() => {
+                let message = format!("no common version of the protocol with {}", reply.software);
+                found(
+                    "protocol-version",
+                    message,
+                    "Upgrade the older of the two agents.",
+                );
+            }
+            Ok((channel, _, reply)) => {
+                report.passed.push(format!(
+                    "host {to:?} answers ({}, {})",
+                    channel.cipher, channel.key_exchange
+                ));
+                match reply {
+                    Some(Message::CheckReply(blockers)) if blockers.is_empty() => {
+                        report.passed.push(format!("host {to:?} would take the VM"));
+                    }
+                    Some(Message::CheckReply(blockers)) => {
+                        report.blockers.extend(blockers.iter().map(api_blocker));
+                    }
+                    _ => {}
+                }
+                channel.close();
+            }
+        }
+    }
+}
+
+fn check_request(request: &StartMigration) -> Answer<()> {
+    let not_yet = |what: &str| {
+        let hint = "`auto` and `pre-copy` work";
+        Err(error(
+            ErrorKind::Usage,
+            format!("{what} is not there yet"),
+            Some(hint),
+        ))
+    };
+    match request.strategy {
+        Strategy::Auto | Strategy::PreCopy => {}
+        other => return not_yet(&format!("strategy {other:?}")),
+    }
+    if request
+        .streams
+        .is_some_and(|streams| !(1..=16).contains(&streams))
+    {
+        return Err(error(
+            ErrorKind::Usage,
+            "a migration has 1 to 16 streams",
+            None,
+        ));
+    }
+    if request
+        .bandwidth_bytes_per_s
+        .is_some_and(|rate| rate < 100_000)
+    {
+        return Err(error(
+            ErrorKind::Usage,
+            "a migration needs at least 100 kB/s",
+            None,
+        ));
+    }
+    if request.deadline_ms == Some(0) {
+        return Err(error(
+            ErrorKind::Usage,
+            "a deadline of nothing can't be met",
+            None,
+        ));
+    }
+    Ok(())
+}
+
+fn limits_of(request: &StartMigration) -> Limits {
+    let default = Limits::default();
+    let given = |ms: Option<u64>, default| ms.map_or(default, Duration::from_millis);
+    Limits {
+        max_downtime: given(request.max_downtime_ms, default.max_downtime),
+        deadline: given(request.deadline_ms, default.deadline),
+        ..default
+    }
+}
+
+fn machine_of(spec: &VmSpec, uuid: Uuid) -> Machine {
+    Machine {
+        name: spec.name.clone(),
+        uuid: uuid.to_string(),
+        memory_bytes: spec
+            .memory
+            .sizes()
+            .iter()
+            .map(|size| size.bytes())
+            .collect(),
+        cpus: spec.cpus,
+        accel: match spec.accel {
+            Accel::Auto => palanquin_host::vm::Accel::Auto,
+            Accel::Kvm => palanquin_host::vm::Accel::Kvm,
+            Accel::Tcg => palanquin_host::vm::Accel::Tcg,
+        },
+        machine: spec.machine.clone(),
+        cpu: spec.cpu.clone(),
+        kernel: spec.kernel.clone(),
+        initrd: spec.initrd.clone(),
+        append: spec.append.clone(),
+        disks: spec
+            .disks
+            .iter()
+            .map(|disk| Disk {
+                path: disk.path.clone(),
+                format: disk.format.clone(),
+                interface: disk.interface.clone(),
+                ephemeral: disk.ephemeral,
+            })
+            .collect(),
+        networks: spec
+            .networks
+            .iter()
+            .map(|network| Network {
+                tap: network.tap.clone(),
+                mac: network.mac.clone(),
+            })
+            .collect(),
+        console: spec.console,
+    }
+}

@@ -60,11 +60,13 @@ impl Channel {
     /// The socket is broken already.
     pub fn new(authenticated: Authenticated) -> io::Result<Self> {
         let (cipher, key_exchange) = (authenticated.cipher(), authenticated.key_exchange());
-        let Authenticated {
-            tcp,
-            connection,
-            peer,
-        } = authenticated;
+        let Authenticated { tcp, mut connection, peer } = authenticated;
+        // The first message may have come with the end of the handshake.
+        let mut received = Vec::new();
+        match connection.reader().read_to_end(&mut received) {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+            _ => {}
+        }
         tcp.set_nodelay(true)?;
         tcp.set_write_timeout(Some(SEND_TIMEOUT))?;
         Ok(Self {
@@ -74,7 +76,7 @@ impl Channel {
             tcp,
             tls: Mutex::new(connection),
             sending: Mutex::new(()),
-            received: Mutex::new(Vec::new()),
+            received: Mutex::new(received),
         })
     }
 

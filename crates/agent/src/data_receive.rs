@@ -1,7 +1,8 @@
 //! The destination's data streams: one thread each, from the socket to guest memory.
 
-use std::io::{self, BufRead, Read, Write};
+use std::io::{self, BufRead, Read};
 use std::net::TcpStream;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -58,6 +59,8 @@ pub struct Inbound {
     tcp: TcpStream,
     tls: Connection,
     wire: Vec<u8>,
+    /// What of `wire` TLS has not taken yet.
+    unread: Range<usize>,
 }
 
 impl Inbound {
@@ -70,6 +73,7 @@ impl Inbound {
             tcp,
             tls: connection,
             wire: vec![0; READ_BYTES],
+            unread: 0..0,
         }
     }
 
@@ -105,23 +109,25 @@ impl Inbound {
         Ok(true)
     }
 
+    /// Gives TLS some more bytes: no more than it takes before its plaintext has to be read.
     fn read_wire(&mut self) -> Result<(), ReceiveError> {
-        let count = match self.tcp.read(&mut self.wire) {
-            Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
-            Err(error) => return Err(error.into()),
-        };
-        // From here rather than from the socket: the library reads 4 KiB at a time.
-        let mut rest = &self.wire[..count];
-        while !rest.is_empty() {
-            self.tls.read_tls(&mut rest)?;
-            self.tls.process_new_packets()?;
+        if self.unread.is_empty() {
+            let count = match self.tcp.read(&mut self.wire) {
+                Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
+                Err(error) => return Err(error.into()),
+            };
+            self.unread = 0..count;
         }
+        // From here rather than from the socket: the library reads 4 KiB at a time.
+        let mut rest = &self.wire[self.unread.clone()];
+        let taken = self.tls.read_tls(&mut rest)?;
+        self.unread.start += taken;
+        self.tls.process_new_packets()?;
         while self.tls.wants_write() {
             self.tls.write_tls(&mut self.tcp)?;
         }
-        self.tcp.flush()?;
         Ok(())
     }
 }

@@ -158,6 +158,12 @@ impl Agent {
     /// The specification makes no sense, its name is taken, or QEMU does not start.
     pub fn run_vm(&self, spec: &VmSpec) -> Answer<VmInfo> {
         self.free_name(&spec.name)?;
+        let violations = spec.validate();
+        if !violations.is_empty() {
+            let mut error = error(ErrorKind::Usage, "the specification is not usable", None);
+            error.causes = violations.iter().map(ToString::to_string).collect();
+            return Err(error);
+        }
         let uuid = spec.uuid.map_or_else(new_uuid, Ok)?;
         let id = VmId(*uuid.as_bytes());
         if self.entries().iter().any(|entry| entry.stored.id == id) {

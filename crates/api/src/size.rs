@@ -120,6 +120,54 @@ impl<'de> Deserialize<'de> for ByteSize {
     }
 }
 
+/// A rate, written `1gbit`, `800mbit`, `100MiB/s` or `100MB/s`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bandwidth(u64);
+
+impl Bandwidth {
+    /// In bytes per second.
+    pub const fn bytes_per_s(self) -> u64 {
+        self.0
+    }
+}
+
+/// A rate that cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`{0}` is not a rate: write a number and kbit, mbit, gbit, KiB/s, MiB/s, GiB/s, kB/s, MB/s or GB/s"
+)]
+pub struct BandwidthError(String);
+
+impl FromStr for Bandwidth {
+    type Err = BandwidthError;
+
+    fn from_str(text: &str) -> Result<Self, BandwidthError> {
+        let error = || BandwidthError(text.to_owned());
+        let trimmed = text.trim();
+        let digits = trimmed
+            .find(|c: char| !c.is_ascii_digit())
+            .ok_or_else(error)?;
+        let (number, unit) = trimmed.split_at(digits);
+        let number: u64 = number.parse().map_err(|_| error())?;
+        let (factor, divisor) = match unit.trim().to_ascii_lowercase().as_str() {
+            "kbit" | "kbit/s" => (1_000, 8),
+            "mbit" | "mbit/s" => (1_000_000, 8),
+            "gbit" | "gbit/s" => (1_000_000_000, 8),
+            "kib/s" => (1 << 10, 1),
+            "mib/s" => (1 << 20, 1),
+            "gib/s" => (1 << 30, 1),
+            "kb/s" => (1_000, 1),
+            "mb/s" => (1_000_000, 1),
+            "gb/s" => (1_000_000_000, 1),
+            _ => return Err(error()),
+        };
+        match number.checked_mul(factor) {
+            Some(units) if units >= divisor => Ok(Self(units / divisor)),
+            _ => Err(error()),
+        }
+    }
+}
+
 /// A duration, written `300ms`, `10s` or `10min`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct HumanDuration(Duration);
@@ -133,6 +181,11 @@ impl HumanDuration {
     /// As the standard library's type.
     pub const fn get(self) -> Duration {
         self.0
+    }
+
+    /// In milliseconds; saturates.
+    pub fn as_millis(self) -> u64 {
+        u64::try_from(self.0.as_millis()).unwrap_or(u64::MAX)
     }
 }
 
@@ -161,5 +214,55 @@ impl<'de> Deserialize<'de> for HumanDuration {
         String::deserialize(deserializer)?
             .parse()
             .map_err(de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn sizes_and_rates_are_read_as_people_write_them() {
+        assert_eq!("1536MiB".parse::<ByteSize>().unwrap().bytes(), 1536 << 20);
+        assert_eq!("2 GiB".parse::<ByteSize>().unwrap().bytes(), 2 << 30);
+        assert_eq!(
+            "1gbit".parse::<Bandwidth>().unwrap().bytes_per_s(),
+            125_000_000
+        );
+        assert_eq!(
+            "100MiB/s".parse::<Bandwidth>().unwrap().bytes_per_s(),
+            100 << 20
+        );
+        assert_eq!("300ms".parse::<HumanDuration>().unwrap().as_millis(), 300);
+        for odd in [
+            "",
+            "MiB",
+            "-1MiB",
+            "1.5GiB",
+            "1XiB",
+            "99999999999TiB",
+            "0x10",
+        ] {
+            assert!(odd.parse::<ByteSize>().is_err(), "{odd}");
+        }
+        for odd in ["", "100", "1tbit", "0gbit", "99999999999gbit"] {
+            assert!(odd.parse::<Bandwidth>().is_err(), "{odd}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_size_is_read_back_as_written(bytes in any::<u64>()) {
+            let size = ByteSize::new(bytes);
+            prop_assert_eq!(size.to_string().parse::<ByteSize>().unwrap(), size);
+        }
+
+        #[test]
+        fn arbitrary_text_never_panics(text in ".{0,20}") {
+            let _ = text.parse::<ByteSize>();
+            let _ = text.parse::<Bandwidth>();
+        }
     }
 }

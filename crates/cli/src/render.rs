@@ -1,0 +1,299 @@
+//! What people read: tables, one VM, one migration.
+
+use std::io::Write;
+
+use palanquin_api::control::{HostInfo, MigrationInfo, Outcome, Phase, Side, VmInfo, VmState};
+
+/// Writes to standard output; a reader that went away is no reason to panic.
+pub(crate) fn say(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+/// The same with a line's end.
+pub(crate) fn say_line(text: &str) {
+    say(&format!("{text}\n"));
+}
+
+/// A table with aligned columns.
+pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+    let mut widths: Vec<usize> = header.iter().map(|title| title.len()).collect();
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let line = |cells: Vec<&str>| {
+        let cells = cells
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:<width$}"));
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned() + "\n"
+    };
+    let mut text = line(header.to_vec());
+    for row in rows {
+        text += &line(row.iter().map(String::as_str).collect());
+    }
+    text
+}
+
+/// A size in the largest unit that leaves a digit before the point.
+pub(crate) fn bytes(bytes: u64) -> String {
+    let units = [("GiB", 1_u64 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+    match units.into_iter().find(|(_, unit)| bytes >= *unit) {
+        Some((name, unit)) => format!("{:.1} {name}", bytes as f64 / unit as f64),
+        None => format!("{bytes} B"),
+    }
+}
+
+/// Milliseconds, in seconds where there are many.
+pub(crate) fn ms(ms: f64) -> String {
+    if ms >= 10_000.0 {
+        format!("{:.1} s", ms / 1e3)
+    } else {
+        format!("{ms:.1} ms")
+    }
+}
+
+/// A VM's state in a word.
+pub(crate) fn vm_state(state: VmState) -> &'static str {
+    match state {
+        VmState::Running => "running",
+        VmState::Paused => "paused",
+        VmState::Held => "held",
+        VmState::Incoming => "incoming",
+        VmState::Stopped => "stopped",
+        _ => "unknown",
+    }
+}
+
+/// A migration's phase in a word.
+pub(crate) fn phase(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Preparing => "preparing",
+        Phase::Reserving => "reserving",
+        Phase::PreCopy => "pre-copy",
+        Phase::Switchover => "switchover",
+        Phase::Committing => "committing",
+        Phase::InDoubt => "in doubt",
+        Phase::Erasing => "finishing",
+        Phase::Done => "done",
+        _ => "unknown",
+    }
+}
+
+/// A migration's outcome in words.
+pub(crate) fn outcome(outcome: Option<Outcome>) -> &'static str {
+    match outcome {
+        None => "under way",
+        Some(Outcome::Completed) => "completed",
+        Some(Outcome::RunningOnSource) => "running on the source",
+        Some(Outcome::InDoubt) => "in doubt",
+        Some(Outcome::VmEnded) => "the VM ended",
+        Some(_) => "unknown",
+    }
+}
+
+/// All VMs.
+pub(crate) fn vms(vms: &[VmInfo]) -> String {
+    if vms.is_empty() {
+        return "No VMs on this host.\n".to_owned();
+    }
+    let rows: Vec<Vec<String>> = vms
+        .iter()
+        .map(|vm| {
+            vec![
+                vm.name.clone(),
+                vm_state(vm.state).to_owned(),
+                bytes(vm.memory_bytes),
+                vm.epoch.to_string(),
+                vm.pid.map_or_else(String::new, |pid| pid.to_string()),
+                vm.migration.map_or_else(String::new, |id| id.to_string()),
+            ]
+        })
+        .collect();
+    table(
+        &["NAME", "STATE", "MEMORY", "EPOCH", "PID", "MIGRATION"],
+        &rows,
+    )
+}
+
+fn list(pairs: &[(&str, String)]) -> String {
+    let width = pairs.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    pairs
+        .iter()
+        .map(|(name, value)| format!("{name:width$}  {value}\n"))
+        .collect()
+}
+
+/// One VM.
+pub(crate) fn vm(vm: &VmInfo) -> String {
+    list(&[
+        ("name", vm.name.clone()),
+        ("uuid", vm.uuid.to_string()),
+        ("state", vm_state(vm.state).to_owned()),
+        ("memory", bytes(vm.memory_bytes)),
+        ("epoch", vm.epoch.to_string()),
+        (
+            "pid",
+            vm.pid
+                .map_or_else(|| "none".to_owned(), |pid| pid.to_string()),
+        ),
+        ("adopted", if vm.adopted { "yes" } else { "no" }.to_owned()),
+        (
+            "console",
+            vm.console.clone().unwrap_or_else(|| "none".to_owned()),
+        ),
+        (
+            "migration",
+            vm.migration
+                .map_or_else(|| "none".to_owned(), |id| id.to_string()),
+        ),
+    ])
+}
+
+/// This host.
+pub(crate) fn host(host: &HostInfo) -> String {
+    list(&[
+        ("name", host.name.clone()),
+        ("identity", host.spiffe_id.clone()),
+        ("version", host.version.clone()),
+        (
+            "qemu",
+            host.qemu_version
+                .clone()
+                .unwrap_or_else(|| "not found".to_owned()),
+        ),
+        ("kernel", host.kernel.clone()),
+        ("memory", bytes(host.memory_total_bytes)),
+        ("available", bytes(host.memory_available_bytes)),
+        ("peers", host.peers.join(", ")),
+    ])
+}
+
+/// All migrations.
+pub(crate) fn migrations(infos: &[MigrationInfo]) -> String {
+    if infos.is_empty() {
+        return "No migrations on this host.\n".to_owned();
+    }
+    let rows: Vec<Vec<String>> = infos
+        .iter()
+        .map(|info| {
+            vec![
+                info.id.to_string()[..8].to_owned(),
+                info.vm.clone(),
+                format!("{} -> {}", info.from, info.to),
+                phase(info.phase).to_owned(),
+                outcome(info.outcome).to_owned(),
+                ms(info.total_time_ms),
+                ms(info.downtime_ms),
+            ]
+        })
+        .collect();
+    table(
+        &["ID", "VM", "WAY", "PHASE", "OUTCOME", "TIME", "DOWNTIME"],
+        &rows,
+    )
+}
+
+/// One migration with everything.
+pub(crate) fn migration(info: &MigrationInfo) -> String {
+    let parts = &info.downtime;
+    let mut pairs = vec![
+        ("id", info.id.to_string()),
+        ("vm", format!("{} ({})", info.vm, info.vm_uuid)),
+        ("way", format!("{} -> {}", info.from, info.to)),
+        (
+            "side",
+            match info.side {
+                Side::Source => "source".to_owned(),
+                Side::Destination => "destination".to_owned(),
+            },
+        ),
+        ("phase", phase(info.phase).to_owned()),
+        ("outcome", outcome(info.outcome).to_owned()),
+    ];
+    if let Some(reason) = &info.reason {
+        pairs.push(("reason", reason.clone()));
+    }
+    let repeated = |pages: u64| format!("{pages} ({})", bytes(pages * 4096));
+    pairs.extend([
+        ("total time", ms(info.total_time_ms)),
+        ("downtime", ms(info.downtime_ms)),
+        ("  pause", ms(parts.pause_ms)),
+        ("  final pages", ms(parts.final_pages_ms)),
+        ("  device state", ms(parts.device_state_ms)),
+        ("  commit", ms(parts.commit_ms)),
+        ("  resume", ms(parts.resume_ms)),
+        ("rounds", info.rounds.to_string()),
+        ("on the wire", bytes(info.bytes_on_wire)),
+        ("pages sent", repeated(info.pages_sent)),
+        ("pages zero", repeated(info.pages_zero)),
+        ("pages resent", repeated(info.pages_resent)),
+        ("memory", bytes(info.ram_bytes)),
+        ("streams", info.streams.to_string()),
+        (
+            "cipher",
+            info.cipher.clone().unwrap_or_else(|| "none yet".to_owned()),
+        ),
+        (
+            "key exchange",
+            info.key_exchange
+                .clone()
+                .unwrap_or_else(|| "none yet".to_owned()),
+        ),
+        (
+            "memory root",
+            info.memory_root
+                .clone()
+                .unwrap_or_else(|| "none yet".to_owned()),
+        ),
+        (
+            "verified",
+            if info.verified {
+                "yes, equal on both hosts"
+            } else {
+                "no"
+            }
+            .to_owned(),
+        ),
+        ("epoch", info.epoch.to_string()),
+    ]);
+    list(&pairs)
+}
+
+/// A migration that has completed, in two sentences.
+pub(crate) fn summary(info: &MigrationInfo) -> String {
+    format!(
+        "VM {} runs on {} after {} and a downtime of {}.\n{} rounds, {} on the wire over {} streams \
+         ({}, {}); memory verified equal: {}.\n",
+        info.vm,
+        info.to,
+        ms(info.total_time_ms),
+        ms(info.downtime_ms),
+        info.rounds,
+        bytes(info.bytes_on_wire),
+        info.streams,
+        info.cipher.as_deref().unwrap_or("?"),
+        info.key_exchange.as_deref().unwrap_or("?"),
+        if info.verified { "yes" } else { "no" },
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_aligned_and_have_no_trailing_space() {
+        let text = table(&["A", "LONG"], &[vec!["xyz".to_owned(), "1".to_owned()]]);
+        assert_eq!(text, "A    LONG\nxyz  1\n");
+    }
+
+    #[test]
+    fn sizes_and_times_have_the_unit_people_expect() {
+        assert_eq!(bytes(1536 << 20), "1.5 GiB");
+        assert_eq!(bytes(512), "512 B");
+        assert_eq!(ms(23.44), "23.4 ms");
+        assert_eq!(ms(61_000.0), "61.0 s");
+    }
+}

@@ -1,16 +1,16 @@
 //! Development tasks: `cargo xtask --help`.
+
 #![forbid(unsafe_code)]
 
-mod command;
-mod cpio;
 mod guest;
-mod setup;
+mod run;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-/// Development tasks
+/// Development tasks of Palanquin.
 #[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Arguments {
     #[command(subcommand)]
     task: Task,
@@ -18,15 +18,12 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Installs what this Debian machine lacks, and unpacks the guests' kernel
-    Setup,
-    /// Builds the test guests: kernel, initial RAM disk, boot sector
+    /// Builds what test guests boot, into target/guest.
     Guest,
 }
 
 fn main() -> Result<()> {
     match Arguments::parse().task {
-        Task::Setup => setup::programs(),
         Task::Guest => guest::build(),
     }
 }

@@ -60,7 +60,11 @@ impl Channel {
     /// The socket is broken already.
     pub fn new(authenticated: Authenticated) -> io::Result<Self> {
         let (cipher, key_exchange) = (authenticated.cipher(), authenticated.key_exchange());
-        let Authenticated { tcp, mut connection, peer } = authenticated;
+        let Authenticated {
+            tcp,
+            mut connection,
+            peer,
+        } = authenticated;
         // The first message may have come with the end of the handshake.
         let mut received = Vec::new();
         match connection.reader().read_to_end(&mut received) {

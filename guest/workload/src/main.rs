@@ -1,151 +1,146 @@
-//! Workload of the test guests: rewrites and verifies memory, keeps a canary sentence, and says on the console and
-//! on the network how it fares. Runs as the guest's first process, configured by the kernel command line.
+//! Runs as the first process of a test guest: keeps memory busy, checks it, and tells how it is.
+//!
+//! Kernel command line: `palanquin.fill_mib=`, `palanquin.buffer_mib=`, `palanquin.dirty_mib_s=`,
+//! `palanquin.canary=` (spaces as `%20`), `palanquin.ip=ADDRESS/PREFIX`.
 #![forbid(unsafe_code)]
 
 mod memory;
-mod report;
-mod serve;
-mod settings;
+mod service;
 
+use std::collections::HashMap;
 use std::fs;
-use std::process::ExitCode;
-use std::sync::Arc;
+use std::io::Write;
+use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use memory::{Buffer, Corruption, Fill, PAGES_PER_MIB};
-use report::Report;
-use settings::Settings;
+use memory::{Buffer, Fill, Random};
 
-const TICK: Duration = Duration::from_millis(20);
-const TICKS_PER_S: u64 = 50;
-const BEAT: Duration = Duration::from_millis(200);
-/// Corruptions printed in full; all are counted.
-const PRINTED: u32 = 16;
+/// What the guest tells of itself.
+#[derive(Default)]
+struct Status {
+    boot_id: u64,
+    beats: AtomicU64,
+    sweeps: AtomicU64,
+    verified: AtomicU64,
+    corrupt: AtomicU64,
+}
 
-fn main() -> ExitCode {
-    let settings = fs::read_to_string("/proc/cmdline")
-        .map_err(|cause| format!("no command line: {cause}"))
-        .and_then(|line| Settings::from_command_line(&line).map_err(|cause| cause.to_string()));
-    let settings = match settings {
-        Ok(settings) => settings,
-        Err(cause) => {
-            println!("workload cannot start: {cause}");
-            return ExitCode::FAILURE;
-        }
+fn main() {
+    let _ = fs::create_dir_all("/proc");
+    run("mount", &["-t", "proc", "proc", "/proc"]);
+    run("mount", &["-t", "sysfs", "sys", "/sys"]);
+    let options = options(&fs::read_to_string("/proc/cmdline").unwrap_or_default());
+    let number = |key: &str| {
+        options
+            .get(key)
+            .and_then(|v| v.parse::<usize>().ok())
+            .unwrap_or(0)
     };
-    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let boot_id = boot_id.trim().to_owned();
-    let report = Arc::new(Report::new(boot_id));
-    if let Err(cause) = serve::start(&report) {
-        println!("workload cannot serve: {cause}");
+    load_modules();
+    if let Some(ip) = options.get("ip") {
+        run("ip", &["link", "set", "lo", "up"]);
+        run("ip", &["link", "set", "eth0", "up"]);
+        run("ip", &["addr", "add", ip, "dev", "eth0"]);
     }
-    let canary = Canary::new(&settings.canary);
-    let seed = 0x5041_4c41_4e51_5549;
-    let fill = Fill::new(settings.fill_mib, seed);
-    let buffer = Buffer::new(settings.buffer_mib, seed);
-    println!(
-        "workload ready buffer {} MiB fill {} MiB boot {}",
-        settings.buffer_mib, settings.fill_mib, report.boot_id
-    );
-    let beats = Arc::clone(&report);
-    thread::spawn(move || {
-        loop {
-            println!("{}", beats.beat());
-            wait(BEAT);
-        }
+    let seed = fs::read("/proc/sys/kernel/random/uuid")
+        .unwrap_or_default()
+        .iter()
+        .fold(7_u64, |seed, byte| {
+            seed.wrapping_mul(31).wrapping_add(u64::from(*byte))
+        });
+    let status = Arc::new(Status {
+        boot_id: seed,
+        ..Status::default()
     });
-    work(&settings, buffer, fill, &canary, &report)
+    let canaries = canaries(options.get("canary").map_or("", String::as_str));
+    let fill = Fill::new(number("fill_mib"), seed);
+    let buffer = Buffer::new(number("buffer_mib").max(1));
+    service::start(&status);
+    println!("palanquin-workload ready boot_id={seed:016x}");
+    let rate = number("dirty_mib_s");
+    let busy = Arc::clone(&status);
+    thread::spawn(move || work(&busy, buffer, &fill, rate));
+    beat(&status, &canaries);
 }
 
-/// The canary sentence as ASCII (or UTF-8) and as UTF-16 with the low byte first, repeated over a few pages.
-struct Canary {
-    ascii: Vec<u8>,
-    utf16: Vec<u8>,
+fn options(line: &str) -> HashMap<String, String> {
+    line.split_ascii_whitespace()
+        .filter_map(|word| word.strip_prefix("palanquin.")?.split_once('='))
+        .map(|(key, value)| (key.to_owned(), value.replace("%20", " ")))
+        .collect()
 }
 
-impl Canary {
-    fn new(sentence: &str) -> Self {
-        let utf16: Vec<u8> = sentence.encode_utf16().flat_map(u16::to_le_bytes).collect();
-        Self {
-            ascii: sentence.as_bytes().repeat(64),
-            utf16: utf16.repeat(64),
-        }
+fn run(program: &str, arguments: &[&str]) {
+    if let Err(error) = Command::new("/bin/busybox")
+        .arg(program)
+        .args(arguments)
+        .status()
+    {
+        println!("{program}: {error}");
     }
+}
 
-    /// Keeps the compiler from seeing that nobody reads the canary.
-    fn hold(&self) {
-        std::hint::black_box((&self.ascii, &self.utf16));
+/// The drivers of the network card, in the order the build wrote down.
+fn load_modules() {
+    let order = fs::read_to_string("/modules/order").unwrap_or_default();
+    for module in order.lines() {
+        run("insmod", &[&format!("/modules/{module}")]);
     }
 }
 
-fn work(
-    settings: &Settings,
-    mut buffer: Buffer,
-    mut fill: Fill,
-    canary: &Canary,
-    report: &Report,
-) -> ! {
-    let mut printed = 0;
-    let mut note = |place: &str, found: Option<Corruption>| {
-        let Some(found) = found else { return };
-        report.corrupt();
-        if printed < PRINTED {
-            printed += 1;
-            let Corruption {
-                page,
-                word,
-                expected,
-                found,
-            } = found;
-            println!(
-                "CORRUPT {place} page {page} word {word} expected {expected:#x} found {found:#x}"
-            );
-        }
-    };
-    // A sweep over the buffer takes a second, where the CPU can.
-    let checked_per_tick = (buffer.len() as u64).div_ceil(TICKS_PER_S);
-    let fill_per_tick = if fill.len() == 0 {
-        0
-    } else {
-        (settings.fill_verify_mib_s * PAGES_PER_MIB).div_ceil(TICKS_PER_S)
-    };
-    let mut owed = 0;
-    let mut next = Instant::now();
+/// Many copies of the sentence, in ASCII and UTF-16.
+fn canaries(sentence: &str) -> Vec<Vec<u8>> {
+    let wide: Vec<u8> = sentence.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    (0..64)
+        .flat_map(|_| [sentence.as_bytes().to_vec(), wide.clone()])
+        .collect()
+}
+
+/// Rewrites and checks the buffer at the rate, and the fill in the background.
+fn work(status: &Status, mut buffer: Buffer, fill: &Fill, rate_mib_s: usize) {
+    let (_keep, never) = channel::<()>();
+    let mut random = Random::new(status.boot_id);
     loop {
-        owed += settings.dirty_mib_s * PAGES_PER_MIB;
-        while owed >= TICKS_PER_S {
-            owed -= TICKS_PER_S;
-            note("buffer", buffer.rewrite_next());
+        // Ten steps a second; a guest that can't keep up does what it can.
+        let pages = rate_mib_s * 256 / 10;
+        let (verified, corrupt, sweeps) = buffer.step(pages);
+        let (fill_verified, fill_corrupt) = fill.check(16, &mut random);
+        status
+            .verified
+            .fetch_add(verified + fill_verified, Ordering::Relaxed);
+        status.sweeps.fetch_add(sweeps, Ordering::Relaxed);
+        if corrupt + fill_corrupt > 0 {
+            status
+                .corrupt
+                .fetch_add(corrupt + fill_corrupt, Ordering::Relaxed);
+            println!("CORRUPT buffer {corrupt} fill {fill_corrupt}");
         }
-        for _ in 0..checked_per_tick {
-            let (found, complete) = buffer.check_next();
-            note("buffer", found);
-            if complete {
-                report.swept();
-            }
-        }
-        for _ in 0..fill_per_tick {
-            note("fill", fill.check_next().0);
-        }
-        report.verified(checked_per_tick + fill_per_tick);
-        canary.hold();
-        next += TICK;
-        let now = Instant::now();
-        match next.checked_duration_since(now) {
-            Some(rest) => wait(rest),
-            // Too slow for this rate, or paused meanwhile: what was missed is not made up for.
-            None => next = now,
-        }
+        let _ = never.recv_timeout(Duration::from_millis(100));
     }
 }
 
-/// Lets that much time pass.
-fn wait(duration: Duration) {
-    let end = Instant::now() + duration;
-    while let Some(rest) = end.checked_duration_since(Instant::now()) {
-        thread::park_timeout(rest);
-        if rest.is_zero() {
+/// One line every 200 ms on the console.
+fn beat(status: &Status, canaries: &[Vec<u8>]) {
+    let (_keep, never) = channel::<()>();
+    let console = Mutex::new(std::io::stdout());
+    loop {
+        let beat = status.beats.fetch_add(1, Ordering::Relaxed);
+        let line = format!(
+            "beat {beat} sweeps {} verified {} corrupt {} canaries {}\n",
+            status.sweeps.load(Ordering::Relaxed),
+            status.verified.load(Ordering::Relaxed),
+            status.corrupt.load(Ordering::Relaxed),
+            std::hint::black_box(canaries).len(),
+        );
+        if let Ok(mut console) = console.lock() {
+            let _ = console.write_all(line.as_bytes());
+            let _ = console.flush();
+        }
+        if never.recv_timeout(Duration::from_millis(200)) == Err(RecvTimeoutError::Disconnected) {
             return;
         }
     }

@@ -1,29 +1,155 @@
-//! Development tasks: `cargo xtask --help`.
-
+//! Development tasks: `cargo xtask`.
 #![forbid(unsafe_code)]
 
 mod guest;
-mod run;
+mod setup;
+mod steps;
+mod tidy;
 
-use anyhow::Result;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 
-/// Development tasks of Palanquin.
+/// Development tasks of Palanquin
 #[derive(Parser)]
-#[command(name = "cargo xtask", bin_name = "cargo xtask")]
-struct Arguments {
+#[command(name = "cargo xtask")]
+struct Cli {
     #[command(subcommand)]
     task: Task,
 }
 
 #[derive(Subcommand)]
 enum Task {
-    /// Builds what test guests boot, into target/guest.
+    /// Move a Linux guest there and back between two hosts on this machine, and show what happened
+    Demo {
+        /// Passed on to the demo
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+    },
+    /// Everything that must pass: format, lints, rules, licences, tests, simulation, end to end
+    Test,
+    /// Install what this machine lacks
+    Setup,
+    /// Build the guest's kernel, RAM disk and payloads
     Guest,
+    /// Check the rules that no compiler checks
+    Tidy,
+    /// Simulate many migrations with faults
+    Sim {
+        /// Number of seeds
+        #[arg(long, default_value_t = 5000)]
+        seeds: u64,
+    },
+    /// Measure side by side
+    Bench {
+        /// What to measure: peers
+        what: String,
+    },
+    /// Remove what a killed run left behind
+    CleanRig,
+}
+
+/// Root of the workspace.
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap_or(Path::new("."))
+        .to_owned()
+}
+
+/// Runs a program in the root of the workspace.
+fn run(program: &str, arguments: &[&str]) -> Result<()> {
+    let status = Command::new(program)
+        .args(arguments)
+        .current_dir(root())
+        .status()
+        .with_context(|| format!("cannot start {program}"))?;
+    if !status.success() {
+        bail!("{program} {} failed ({status})", arguments.join(" "));
+    }
+    Ok(())
 }
 
 fn main() -> Result<()> {
-    match Arguments::parse().task {
-        Task::Guest => guest::build(),
+    match Cli::parse().task {
+        Task::Demo { rest } => {
+            setup::require_root(
+                "the demo makes network namespaces and follows other processes' memory",
+            )?;
+            setup::install()?;
+            guest::build()?;
+            run(
+                "cargo",
+                &[
+                    "build",
+                    "--release",
+                    "-p",
+                    "palanquin-agent",
+                    "-p",
+                    "palanquin-cli",
+                    "-p",
+                    "palanquin-lab",
+                ],
+            )?;
+            let demo = root().join("target/release/palanquin-demo");
+            let rest: Vec<&str> = rest.iter().map(String::as_str).collect();
+            run(&demo.display().to_string(), &rest)
+        }
+        Task::Test => steps::test(),
+        Task::Setup => setup::install(),
+        Task::Guest => {
+            setup::install()?;
+            guest::build()
+        }
+        Task::Tidy => tidy::check(),
+        Task::Sim { seeds } => {
+            let seeds = seeds.to_string();
+            run(
+                "cargo",
+                &[
+                    "run",
+                    "--release",
+                    "-p",
+                    "palanquin-sim",
+                    "--",
+                    "--seeds",
+                    &seeds,
+                ],
+            )
+        }
+        Task::Bench { what } => {
+            setup::require_root("the benches make network namespaces")?;
+            setup::install()?;
+            guest::build()?;
+            run(
+                "cargo",
+                &[
+                    "build",
+                    "--release",
+                    "-p",
+                    "palanquin-agent",
+                    "-p",
+                    "palanquin-cli",
+                ],
+            )?;
+            run(
+                "cargo",
+                &["run", "--release", "-p", "palanquin-benches", "--", &what],
+            )
+        }
+        Task::CleanRig => run(
+            "cargo",
+            &[
+                "run",
+                "-p",
+                "palanquin-lab",
+                "--bin",
+                "palanquin-demo",
+                "--",
+                "--clean",
+            ],
+        ),
     }
 }

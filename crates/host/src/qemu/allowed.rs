@@ -1,216 +1,129 @@
 //! Which arguments an arriving VM may bring. They come from another host, so everything that is not known to be
 //! harmless is refused: QEMU's options can run programs, open sockets and read any file.
 
+mod keys;
+mod lists;
+
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
+use self::keys::{Keys, is_word, size};
+use self::lists::{
+    ACCEL_KEYS, BOOT_KEYS, DEVICES, DRIVE_KEYS, FLAGS, HOST_KEYS, MACHINE_KEYS, MEMFD_KEYS,
+    OBJECTS, PLAIN, TEXT,
+};
 use super::command_line::{VM_DIR, is_flag};
-use crate::vm::Obstacle;
+use super::obstacle;
+use crate::vm::{Descriptor, Obstacle, Region};
 
 const ARGUMENTS_MAX: usize = 512;
 const ARGUMENT_BYTES_MAX: usize = 8192;
+/// Most virtual CPUs, and the largest of any number that `-smp` takes.
+const CPUS_MAX: u32 = 1024;
+/// Longest piece of a hostile argument that is repeated in a message.
+const SHOWN_CHARS: usize = 200;
 
-/// Options whose value is plain data.
-const PLAIN: [&str; 12] = [
-    "-name",
-    "-uuid",
-    "-accel",
-    "-cpu",
-    "-smp",
-    "-m",
-    "-numa",
-    "-rtc",
-    "-boot",
-    "-append",
-    "-k",
-    "-watchdog-action",
-];
-/// Flags that an arriving VM may bring.
-const FLAGS: [&str; 9] = [
-    "-nodefaults",
-    "-no-reboot",
-    "-no-shutdown",
-    "-no-user-config",
-    "-no-hpet",
-    "-no-acpi",
-    "-enable-kvm",
-    "-usb",
-    "-snapshot",
-];
-/// Devices that need nothing of the host but what other options give them.
-const DEVICES: [&str; 44] = [
-    "virtio-net-pci",
-    "virtio-net-pci-non-transitional",
-    "virtio-blk-pci",
-    "virtio-blk-pci-non-transitional",
-    "virtio-scsi-pci",
-    "virtio-rng-pci",
-    "virtio-balloon-pci",
-    "virtio-serial-pci",
-    "virtio-vga",
-    "virtio-gpu-pci",
-    "virtio-keyboard-pci",
-    "virtio-mouse-pci",
-    "virtio-tablet-pci",
-    "virtconsole",
-    "virtserialport",
-    "virtio-crypto-pci",
-    "e1000",
-    "e1000e",
-    "rtl8139",
-    "ide-hd",
-    "ide-cd",
-    "scsi-hd",
-    "scsi-cd",
-    "ahci",
-    "ich9-ahci",
-    "nvme",
-    "pcie-root-port",
-    "pcie-pci-bridge",
-    "pci-bridge",
-    "isa-serial",
-    "pci-serial",
-    "qemu-xhci",
-    "nec-usb-xhci",
-    "usb-tablet",
-    "usb-kbd",
-    "usb-mouse",
-    "usb-storage",
-    "VGA",
-    "bochs-display",
-    "pvpanic",
-    "pvpanic-pci",
-    "i6300esb",
-    "isa-debug-exit",
-    "vmgenid",
-];
-/// Keys that name something of the host; with devices and objects they are never needed.
-const HOST_KEYS: [&str; 14] = [
-    "romfile", "path", "file", "filename", "host", "hostaddr", "socket", "fd", "fds", "vhostfd",
-    "vhostfds", "sysfsdev", "mem-path", "exec",
-];
-const OBJECTS: [&str; 4] = [
-    "memory-backend-memfd",
-    "iothread",
-    "rng-builtin",
-    "throttle-group",
-];
-const DRIVE_KEYS: [&str; 14] = [
-    "if",
-    "id",
-    "file",
-    "format",
-    "snapshot",
-    "cache",
-    "aio",
-    "discard",
-    "detect-zeroes",
-    "readonly",
-    "index",
-    "media",
-    "bus",
-    "unit",
-];
-/// Keys of `-machine` that are plain data.
-const MACHINE_KEYS: [&str; 14] = [
-    "type",
-    "accel",
-    "memory-backend",
-    "kernel-irqchip",
-    "kernel_irqchip",
-    "smm",
-    "vmport",
-    "hpet",
-    "usb",
-    "graphics",
-    "dump-guest-core",
-    "mem-merge",
-    "nvdimm",
-    "hmat",
-];
-
-/// Finds everything in the arguments that an arriving VM may not bring, all at once.
-pub(crate) fn judge(arguments: &[String], allowed_paths: &[PathBuf]) -> Vec<Obstacle> {
-    let judge = Judge { allowed_paths };
-    let mut refused = Vec::new();
-    if arguments.len() > ARGUMENTS_MAX
-        || arguments
-            .iter()
-            .any(|argument| argument.len() > ARGUMENT_BYTES_MAX)
-    {
-        refused.push(obstacle(
-            "its command line is longer than this host accepts",
-        ));
-        return refused;
-    }
-    let mut rest = arguments.iter();
-    while let Some(option) = rest.next() {
-        if option.contains(['\0', '\n']) {
-            refused.push(obstacle("an option with control characters"));
-        } else if FLAGS.contains(&option.as_str()) {
-        } else if is_flag(option) || !option.starts_with('-') {
-            refused.push(obstacle(&format!(
-                "{option:?} is not accepted from another host"
-            )));
-        } else {
-            match rest.next() {
-                Some(value) if !value.contains(['\0', '\n']) => {
-                    if let Err(problem) = judge.option(option, value) {
-                        refused.push(obstacle(&format!("{option} {value:?}: {problem}")));
-                    }
-                }
-                _ => refused.push(obstacle(&format!("{option} has no proper value"))),
-            }
+/// Finds everything in a VM's arguments that it may not bring, all at once.
+pub(crate) fn judge(descriptor: &Descriptor, allowed_paths: &[PathBuf]) -> Vec<Obstacle> {
+    let mut judge = Judge {
+        allowed_paths,
+        machine: &descriptor.machine,
+        memory: Vec::new(),
+    };
+    let mut refused = judge.all(&descriptor.arguments);
+    // Where something was refused already, its memory may be among it.
+    if refused.is_empty() {
+        judge.memory.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut regions = descriptor.regions.clone();
+        regions.sort_by(|a, b| a.name.cmp(&b.name));
+        if judge.memory != regions {
+            refused.push(refusal(
+                "its memory backends are not those of the memory that it announces",
+            ));
         }
     }
     refused
 }
 
-fn obstacle(message: &str) -> Obstacle {
-    Obstacle {
-        code: "argument-refused".to_owned(),
-        message: format!("the VM brings an argument that is refused: {message}"),
-        remedy: "Start the VM without it, or list the directory of its files in `qemu.allowed-paths` of the \
-                 destination's configuration."
-            .to_owned(),
-    }
+fn refusal(message: &str) -> Obstacle {
+    obstacle(
+        "argument-refused",
+        format!("the VM brings an argument that is refused: {message}"),
+        "Start the VM without it, or list the directory of its files in `qemu.allowed-paths` of the \
+         destination's configuration.",
+    )
 }
 
-/// Splits `a,b=c` at commas; QEMU writes a comma within a value twice.
-fn keys(value: &str) -> Vec<(String, String)> {
-    let marked = value.replace(",,", "\0");
-    marked
-        .split(',')
-        .map(|pair| {
-            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-            (key.replace('\0', ","), value.replace('\0', ","))
-        })
-        .collect()
+/// A hostile text for a message.
+fn shown(text: &str) -> String {
+    let short: String = text.chars().take(SHOWN_CHARS).collect();
+    format!("{short:?}")
 }
 
 struct Judge<'a> {
     allowed_paths: &'a [PathBuf],
+    machine: &'a str,
+    /// Backends seen so far.
+    memory: Vec<Region>,
 }
 
 impl Judge<'_> {
-    fn option(&self, option: &str, value: &str) -> Result<(), String> {
+    fn all(&mut self, arguments: &[String]) -> Vec<Obstacle> {
+        if arguments.len() > ARGUMENTS_MAX
+            || arguments.iter().any(|arg| arg.len() > ARGUMENT_BYTES_MAX)
+        {
+            return vec![refusal("its command line is longer than this host accepts")];
+        }
+        let mut refused = Vec::new();
+        if !is_word(self.machine) {
+            refused.push(refusal("its machine type is not a name"));
+        }
+        let mut rest = arguments.iter();
+        while let Some(option) = rest.next() {
+            if FLAGS.contains(&option.as_str()) {
+                continue;
+            }
+            if is_flag(option) || !option.starts_with('-') {
+                refused.push(refusal(&shown(option)));
+                continue;
+            }
+            match rest.next() {
+                Some(value) if !value.contains(|c: char| c.is_control()) => {
+                    if let Err(problem) = self.option(option, value) {
+                        let (option, value) = (shown(option), shown(value));
+                        refused.push(refusal(&format!("{option} {value}: {problem}")));
+                    }
+                }
+                _ => refused.push(refusal(&format!("{} has no proper value", shown(option)))),
+            }
+        }
+        refused
+    }
+
+    fn option(&mut self, option: &str, value: &str) -> Result<(), String> {
         match option {
-            _ if PLAIN.contains(&option) => Ok(()),
+            _ if TEXT.contains(&option) => Ok(()),
+            "-smp" => plain(value).and_then(|()| small_numbers(value)),
+            _ if PLAIN.contains(&option) => plain(value),
             "-kernel" | "-initrd" | "-bios" => self.path(value),
-            "-machine" => machine(value),
+            "-accel" => Keys::parse(value, Some("accel")).and_then(|keys| accel(&keys)),
+            "-boot" => {
+                let keys = Keys::parse(value, Some("order"))?;
+                keys.only(&BOOT_KEYS)?;
+                keys.without(&[])
+            }
+            "-machine" => self.machine(&Keys::parse(value, Some("type"))?),
             "-global" => global(value),
-            "-object" => self.kind(value, "qom-type", &OBJECTS),
-            "-device" => self.kind(value, "driver", &DEVICES),
-            "-drive" => self.drive(value),
-            "-netdev" => netdev(value),
-            "-chardev" => self.chardev(value),
-            "-serial" => self.serial(value),
-            "-parallel" | "-monitor" | "-vga" | "-display" => plain_word(value),
-            "-smbios"
-                if keys(value)
-                    .iter()
-                    .all(|(key, _)| key != "file" && key != "path") =>
-            {
-                Ok(())
+            "-object" => self.object(&Keys::parse(value, Some("qom-type"))?),
+            "-device" => device(&Keys::parse(value, Some("driver"))?),
+            "-drive" => self.drive(&Keys::parse(value, None)?),
+            "-netdev" => netdev(&Keys::parse(value, Some("type"))?),
+            "-chardev" => chardev(&Keys::parse(value, Some("backend"))?),
+            "-serial" => serial(value),
+            "-parallel" | "-monitor" | "-vga" | "-display" | "-net" | "-nic" => word(value),
+            "-smbios" => {
+                let keys = Keys::parse(value, None)?;
+                keys.without(&["file", "path"])
             }
             _ => Err("this option is not accepted from another host".to_owned()),
         }
@@ -218,7 +131,11 @@ impl Judge<'_> {
 
     /// Below an allowed directory, with all links followed.
     fn path(&self, path: &str) -> Result<(), String> {
-        let real = Path::new(path)
+        let path = Path::new(path);
+        if !path.is_absolute() {
+            return Err("the path is not absolute".to_owned());
+        }
+        let real = path
             .canonicalize()
             .map_err(|error| format!("this host has no such file ({error})"))?;
         let allowed = self
@@ -226,114 +143,148 @@ impl Judge<'_> {
             .iter()
             .filter_map(|dir| dir.canonicalize().ok())
             .any(|dir| real.starts_with(&dir) && real != dir);
-        if Path::new(path).is_absolute() && allowed {
+        if !allowed {
+            return Err("the file is not below an allowed directory".to_owned());
+        }
+        // Anything else could stop QEMU, as a pipe does.
+        let kind = real.metadata().map(|meta| meta.file_type());
+        if kind.is_ok_and(|kind| kind.is_file() || kind.is_block_device()) {
             Ok(())
         } else {
-            Err("the file is not below an allowed directory".to_owned())
+            Err("this is neither a regular file nor a block device".to_owned())
         }
     }
 
-    fn without(&self, value: &str, forbidden: &[&str]) -> Result<(), String> {
-        let found = keys(value)
-            .into_iter()
-            .find(|(key, _)| forbidden.contains(&key.as_str()));
-        found.map_or(Ok(()), |(key, _)| {
-            Err(format!("the key {key:?} names something of the host"))
-        })
+    fn machine(&self, keys: &Keys) -> Result<(), String> {
+        if keys.get("type").is_some_and(|kind| kind != self.machine) {
+            return Err("this is another machine than the VM announces".to_owned());
+        }
+        keys.only(&MACHINE_KEYS)?;
+        keys.without(&[])?;
+        keys.get("accel").map_or(Ok(()), known_accel)
     }
 
-    fn kind(&self, value: &str, type_key: &str, known: &[&str]) -> Result<(), String> {
-        if value.starts_with('{') {
-            return Err("JSON is not accepted here".to_owned());
-        }
-        let keys = keys(value);
-        let kind = keys.iter().enumerate().find_map(|(index, (key, value))| {
-            let positional = index == 0 && value.is_empty();
-            if positional {
-                Some(key)
-            } else {
-                (key == type_key).then_some(value)
+    fn object(&mut self, keys: &Keys) -> Result<(), String> {
+        match keys.get("qom-type") {
+            Some("memory-backend-memfd") => {
+                keys.only(&MEMFD_KEYS)?;
+                keys.without(&[])?;
+                if !matches!(keys.get("share"), Some("on" | "yes" | "true")) {
+                    return Err("memory needs share=on".to_owned());
+                }
+                let name = keys.get("id").filter(|id| is_word(id));
+                let size = keys.get("size").and_then(size);
+                let (Some(name), Some(size_bytes)) = (name, size) else {
+                    return Err("memory needs a name and a size".to_owned());
+                };
+                self.memory.push(Region {
+                    name: name.to_owned(),
+                    size_bytes,
+                });
+                Ok(())
             }
-        });
-        match kind {
-            Some(kind) if known.contains(&kind.as_str()) => self.without(value, &HOST_KEYS),
-            Some(kind) => Err(format!("{kind:?} is not accepted from another host")),
-            None => Err("its kind is missing".to_owned()),
+            Some("rng-random") => {
+                keys.only(&["qom-type", "id", "filename"])?;
+                match keys.get("filename") {
+                    None | Some("/dev/urandom" | "/dev/random") => Ok(()),
+                    Some(_) => Err("only /dev/urandom and /dev/random".to_owned()),
+                }
+            }
+            Some(kind) if OBJECTS.contains(&kind) => keys.without(&HOST_KEYS),
+            _ => Err("this object is not accepted from another host".to_owned()),
         }
     }
 
-    fn drive(&self, value: &str) -> Result<(), String> {
-        let keys = keys(value);
-        for (key, value) in &keys {
-            if !DRIVE_KEYS.contains(&key.as_str()) {
-                return Err(format!("the key {key:?} is not accepted from another host"));
-            }
-            match key.as_str() {
-                // A name with a colon would be a protocol, and `json:` anything at all.
+    fn drive(&self, keys: &Keys) -> Result<(), String> {
+        keys.only(&DRIVE_KEYS)?;
+        for (key, value) in keys.iter() {
+            match key {
+                // A name with a colon would be a protocol, and `json:` anything at all: no absolute path is either.
                 "file" => self.path(value)?,
                 "format" if value != "raw" && value != "qcow2" => {
                     return Err(format!(
                         "format {value:?} is not accepted from another host"
                     ));
                 }
+                _ if value.contains('/') => return Err(format!("{value:?} names a file")),
                 _ => {}
             }
         }
         // Without a format QEMU would guess it from the contents, which the guest writes.
-        if keys.iter().any(|(key, _)| key == "file") && !keys.iter().any(|(key, _)| key == "format")
-        {
+        if keys.get("file").is_some() && keys.get("format").is_none() {
             return Err("a drive needs its format".to_owned());
         }
         Ok(())
     }
+}
 
-    fn chardev(&self, value: &str) -> Result<(), String> {
-        let keys = keys(value);
-        let kind = keys.first().map_or("", |(kind, _)| kind);
-        match kind {
-            "null" | "ringbuf" => self.without(value, &HOST_KEYS),
-            "file" => {
-                let fits = keys.iter().all(|(key, value)| match key.as_str() {
-                    "file" => value.is_empty(),
-                    "path" => is_in_vm_dir(value),
-                    "id" | "append" => true,
-                    _ => false,
-                });
-                if fits {
-                    Ok(())
-                } else {
-                    Err("only files in the VM's directory".to_owned())
-                }
-            }
-            _ => Err(format!("{kind:?} is not accepted from another host")),
-        }
+fn accel(keys: &Keys) -> Result<(), String> {
+    keys.only(&ACCEL_KEYS)?;
+    keys.without(&[])?;
+    keys.get("accel").map_or(Ok(()), known_accel)
+}
+
+fn known_accel(value: &str) -> Result<(), String> {
+    if value.split(':').all(|one| one == "kvm" || one == "tcg") {
+        Ok(())
+    } else {
+        Err("only kvm and tcg are accepted".to_owned())
     }
+}
 
-    fn serial(&self, value: &str) -> Result<(), String> {
-        match value.split_once(':') {
-            None => plain_word(value),
-            Some(("chardev", _)) => Ok(()),
-            Some(("file", path)) if is_in_vm_dir(path) => Ok(()),
-            _ => Err("only files in the VM's directory".to_owned()),
+fn device(keys: &Keys) -> Result<(), String> {
+    match keys.get("driver") {
+        Some(driver) if DEVICES.contains(&driver) => keys.without(&HOST_KEYS),
+        _ => Err("this device is not accepted from another host".to_owned()),
+    }
+}
+
+fn chardev(keys: &Keys) -> Result<(), String> {
+    match keys.get("backend") {
+        Some("null") => keys.only(&["backend", "id"]),
+        Some("ringbuf") => {
+            keys.only(&["backend", "id", "size"])?;
+            let small = keys
+                .get("size")
+                .is_none_or(|text| size(text).is_some_and(|bytes| bytes <= 1 << 20));
+            if small {
+                Ok(())
+            } else {
+                Err("the buffer is larger than 1 MiB".to_owned())
+            }
         }
+        Some("file") => {
+            keys.only(&["backend", "id", "path", "append"])?;
+            match keys.get("path") {
+                Some(path) if is_in_vm_dir(path) => Ok(()),
+                _ => Err("only logs in the VM's directory".to_owned()),
+            }
+        }
+        _ => Err("this character device is not accepted from another host".to_owned()),
+    }
+}
+
+fn serial(value: &str) -> Result<(), String> {
+    match value.split_once(':') {
+        None => word(value),
+        Some(("chardev", id)) if is_word(id) => Ok(()),
+        Some(("file", path)) if is_in_vm_dir(path) => Ok(()),
+        _ => Err("only logs in the VM's directory".to_owned()),
     }
 }
 
 /// `driver.property=value`, the short form only.
 fn global(value: &str) -> Result<(), String> {
-    let word = |text: &str| {
-        !text.is_empty()
-            && text
-                .bytes()
-                .all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b))
-    };
-    let parts = value.split_once('.').and_then(|(driver, rest)| {
-        let (property, _) = rest.split_once('=')?;
-        Some((driver, property))
-    });
+    let parts = value
+        .split_once('=')
+        .and_then(|(name, value)| Some((name.split_once('.')?, value)));
     match parts {
-        Some((driver, property))
-            if word(driver) && word(property) && !HOST_KEYS.contains(&property) =>
+        Some(((driver, property), value))
+            if is_word(driver)
+                && is_word(property)
+                && !property.contains('.')
+                && !HOST_KEYS.contains(&property)
+                && !value.contains(['/', ',']) =>
         {
             Ok(())
         }
@@ -341,20 +292,33 @@ fn global(value: &str) -> Result<(), String> {
     }
 }
 
-fn machine(value: &str) -> Result<(), String> {
-    let keys = keys(value);
-    let unknown = keys.iter().enumerate().find(|(index, (key, value))| {
-        let is_type = *index == 0 && value.is_empty();
-        !is_type && !MACHINE_KEYS.contains(&key.as_str())
-    });
-    match unknown {
-        Some((_, (key, _))) => Err(format!("the key {key:?} is not accepted from another host")),
-        None => Ok(()),
+/// Words and numbers, with what QEMU puts between them; never a path.
+fn plain(value: &str) -> Result<(), String> {
+    let is_plain = |b: u8| b.is_ascii_alphanumeric() || b" _-.,=:+".contains(&b);
+    if value.bytes().all(is_plain) {
+        Ok(())
+    } else {
+        Err("only letters, digits and separators are accepted from another host".to_owned())
     }
 }
 
-fn plain_word(value: &str) -> Result<(), String> {
-    const WORDS: [&str; 7] = ["none", "null", "std", "virtio", "cirrus", "qxl", "vmware"];
+fn small_numbers(value: &str) -> Result<(), String> {
+    let numbers = value
+        .split(|c: char| !c.is_ascii_digit())
+        .filter(|digits| !digits.is_empty());
+    for digits in numbers {
+        if digits
+            .parse::<u32>()
+            .map_or(true, |number| number > CPUS_MAX)
+        {
+            return Err(format!("more than {CPUS_MAX} CPUs"));
+        }
+    }
+    Ok(())
+}
+
+fn word(value: &str) -> Result<(), String> {
+    const WORDS: [&str; 4] = ["none", "null", "std", "virtio"];
     if WORDS.contains(&value) {
         Ok(())
     } else {
@@ -362,51 +326,40 @@ fn plain_word(value: &str) -> Result<(), String> {
     }
 }
 
-/// A plain file name directly in the VM's directory.
+/// A log directly in the VM's directory, but not QEMU's own.
 fn is_in_vm_dir(path: &str) -> bool {
     path.strip_prefix(VM_DIR)
         .and_then(|rest| rest.strip_prefix('/'))
         .is_some_and(|name| {
-            !name.is_empty()
+            is_word(name)
                 && !name.starts_with('.')
-                && name
-                    .bytes()
-                    .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+                && Path::new(name).extension().is_some_and(|end| end == "log")
+                && name != "qemu.log"
         })
 }
 
-fn netdev(value: &str) -> Result<(), String> {
-    let keys = keys(value);
-    let kind = keys.first().map_or("", |(kind, _)| kind);
-    let (known, scripts_off): (&[&str], bool) = match kind {
-        "tap" => {
-            let off = |wanted: &str| {
-                keys.iter()
-                    .any(|(key, value)| key == wanted && value == "no")
-            };
-            (
-                &[
-                    "tap",
-                    "id",
-                    "ifname",
-                    "script",
-                    "downscript",
-                    "queues",
-                    "vhost",
-                ],
-                off("script") && off("downscript"),
-            )
+fn netdev(keys: &Keys) -> Result<(), String> {
+    match keys.get("type") {
+        Some("tap") => {
+            keys.only(&[
+                "type",
+                "id",
+                "ifname",
+                "script",
+                "downscript",
+                "queues",
+                "vhost",
+            ])?;
+            if keys.get("script") != Some("no") || keys.get("downscript") != Some("no") {
+                return Err("a tap needs script=no,downscript=no: scripts run as root".to_owned());
+            }
+            match keys.get("ifname") {
+                Some(name) if is_word(name) => Ok(()),
+                _ => Err("a tap needs its name".to_owned()),
+            }
         }
-        "user" => (&["user", "id", "net", "restrict", "ipv4", "ipv6"], true),
-        _ => return Err(format!("{kind:?} is not accepted from another host")),
-    };
-    if let Some((key, _)) = keys.iter().find(|(key, _)| !known.contains(&key.as_str())) {
-        return Err(format!("the key {key:?} is not accepted from another host"));
-    }
-    if scripts_off {
-        Ok(())
-    } else {
-        Err("a tap needs script=no,downscript=no: scripts run as root".to_owned())
+        Some("user") => keys.only(&["type", "id", "net", "restrict", "ipv4", "ipv6"]),
+        _ => Err("this network is not accepted from another host".to_owned()),
     }
 }
 
@@ -416,9 +369,24 @@ mod tests {
 
     use super::*;
 
+    fn descriptor(arguments: Vec<String>, regions: Vec<Region>) -> Descriptor {
+        Descriptor {
+            hypervisor: "qemu".to_owned(),
+            version: "7.2.0".to_owned(),
+            machine: "q35".to_owned(),
+            arguments,
+            regions,
+            cpu_features: Vec::new(),
+        }
+    }
+
+    fn refusals(line: &[&str]) -> Vec<Obstacle> {
+        let arguments = line.iter().map(|arg| (*arg).to_owned()).collect();
+        judge(&descriptor(arguments, Vec::new()), &["/usr/bin".into()])
+    }
+
     fn refused(line: &[&str]) -> bool {
-        let arguments: Vec<String> = line.iter().map(|arg| (*arg).to_owned()).collect();
-        !judge(&arguments, &["/usr/bin".into()]).is_empty()
+        !refusals(line).is_empty()
     }
 
     #[test]
@@ -464,6 +432,50 @@ mod tests {
             &["-name", "a\nb"],
             &["-global", "virtio-net-pci.romfile=/etc/shadow"],
             &["-smbios", "type=0,file=/etc/shadow"],
+            // Of two equal keys QEMU takes the last.
+            &[
+                "-netdev",
+                "tap,id=n,ifname=t,script=no,downscript=no,script=/tmp/x",
+            ],
+            &["-device", "virtio-net-pci,driver=vfio-pci"],
+            &["-object", "iothread,id=i,qom-type=filter-dump"],
+            &["-chardev", "null,id=c,backend=pty"],
+            &["-chardev", "file,id=x,path=@VM_DIR@/x.log,,/../y"],
+            &["-chardev", "file,id=x,path=@VM_DIR@/qemu.log"],
+            &["-boot", "splash=/etc/shadow"],
+            &["-boot", "order=c,splash=shadow"],
+            &["-k", "../../etc/shadow"],
+            &["-accel", "kvm,device=/dev/sda"],
+            &["-accel", "xen"],
+            &["-machine", "pc"],
+            &["-machine", "q35,accel=xen"],
+            &["-smp", "4096"],
+            &["-smp", "2,maxcpus=99999999999"],
+            &["-object", "memory-backend-memfd,id=m,size=1G"],
+            &[
+                "-object",
+                "memory-backend-memfd,id=m,size=1G,share=on,share=off",
+            ],
+            &[
+                "-object",
+                "memory-backend-memfd,id=m,size=1G,share=on,prealloc=on",
+            ],
+            &["-object", "memory-backend-memfd,id=m,size=1G,share=on"],
+            &["-object", "rng-random,id=r,filename=/dev/sda"],
+            &["-device", "loader,file=/etc/shadow"],
+            &["-device", "virtio-9p-pci,fsdev=f,mount_tag=t"],
+            &["-fsdev", "local,id=f,path=/,security_model=none"],
+            &["-virtfs", "local,path=/,mount_tag=t"],
+            &["-fw_cfg", "name=opt/x,file=/etc/shadow"],
+            &["-acpitable", "file=/etc/shadow"],
+            &["-dtb", "/etc/shadow"],
+            &[
+                "-blockdev",
+                "{\"driver\":\"file\",\"filename\":\"/etc/shadow\",\"node-name\":\"n\"}",
+            ],
+            &["-hda", "/etc/shadow"],
+            &["-kernel", "/usr/bin"],
+            &["-global", "isa-debugcon.chardev=a/b"],
         ] {
             assert!(refused(line), "{line:?}");
         }
@@ -495,33 +507,103 @@ mod tests {
             console: true,
         };
         let arguments = super::super::command_line::arguments(&machine);
-        assert_eq!(judge(&arguments, &["/usr/bin".into()]), []);
-        let outside = judge(&arguments, &["/boot".into()]);
+        let region = |name: &str| Region {
+            name: name.to_owned(),
+            size_bytes: 1 << 28,
+        };
+        let mut ours = descriptor(arguments, vec![region("ram1"), region("ram0")]);
+        assert_eq!(judge(&ours, &["/usr/bin".into()]), []);
+        let outside = judge(&ours, &["/boot".into()]);
         assert_eq!(
             outside.len(),
             2,
             "kernel and disk, both at once: {outside:?}"
         );
+        ours.regions[1].size_bytes += 4096;
+        assert_eq!(
+            judge(&ours, &["/usr/bin".into()]).len(),
+            1,
+            "memory as announced"
+        );
     }
+
+    #[test]
+    fn the_usual_arguments_of_others_are_accepted() {
+        for line in [
+            &["-name", "guest=web,debug-threads=on"][..],
+            &["-rtc", "base=utc,driftfix=slew"],
+            &["-cpu", "Skylake-Client,+vmx,-hle,model-id=Some CPU"],
+            &["-boot", "menu=on,strict=on"],
+            &["-global", "ICH9-LPC.disable_s3=1"],
+            &["-object", "rng-random,id=r,filename=/dev/urandom"],
+            &["-device", "virtio-rng-pci,rng=r,id=rng0,bus=pci.4,addr=0x0"],
+            &["-netdev", "user,id=n"],
+            &[
+                "-netdev",
+                "tap,id=n,ifname=t,script=no,downscript=no,vhost=on",
+            ],
+            &["-smbios", "type=1,manufacturer=x,uuid=y"],
+            &["-smp", "4,sockets=1,cores=4,threads=1"],
+            &["-accel", "tcg,thread=multi"],
+            &["-chardev", "file,id=c,path=@VM_DIR@/console.log,append=on"],
+        ] {
+            assert_eq!(refusals(line), [], "{line:?}");
+        }
+    }
+
+    #[test]
+    fn a_long_command_line_is_refused_as_a_whole() {
+        assert_eq!(refusals(&["-append"; 600]).len(), 1);
+        assert_eq!(refusals(&["-append", &"a".repeat(9000)]).len(), 1);
+    }
+
+    const PATH_OPTIONS: [&str; 13] = [
+        "-kernel", "-drive", "-chardev", "-serial", "-device", "-object", "-netdev", "-machine",
+        "-global", "-boot", "-accel", "-smbios", "-k",
+    ];
 
     proptest! {
         #[test]
         fn no_path_outside_is_ever_accepted(
-            option in prop::sample::select(vec![
-                "-kernel", "-drive", "-chardev", "-serial", "-device", "-object", "-netdev", "-machine", "-global",
-            ]),
+            option in prop::sample::select(PATH_OPTIONS.to_vec()),
             prefix in "[a-z,=:{}\"@]{0,20}",
+            key in prop::sample::select(vec!["", "file=", "path=", "script=", "romfile="]),
             suffix in "[a-z,=:{}\"@./]{0,20}",
         ) {
-            let value = format!("{prefix}file={suffix}/etc/shadow");
-            let arguments = [option.to_owned(), value];
-            let accepted = judge(&arguments, &["/usr/bin".into()]).is_empty();
-            prop_assert!(!accepted, "{arguments:?}");
+            let value = format!("{prefix}{key}{suffix}/etc/shadow");
+            let accepted = !refused(&[option, &value]);
+            prop_assert!(!accepted, "{option} {value}");
+        }
+
+        #[test]
+        fn what_is_added_to_a_good_argument_never_brings_in_a_path(
+            good in prop::sample::select(vec![
+                ("-netdev", "tap,id=n,ifname=t,script=no,downscript=no"),
+                ("-device", "virtio-net-pci,netdev=n"),
+                ("-chardev", "file,id=c,path=@VM_DIR@/c.log"),
+                ("-drive", "file=/usr/bin/env,format=raw,if=none,id=d"),
+                ("-object", "iothread,id=i"),
+                ("-machine", "q35,smm=off"),
+                ("-accel", "tcg"),
+                ("-boot", "order=c"),
+            ]),
+            added in "[,=a-z]{0,6}[a-z-]{0,10}[,=]{1,2}[a-z.]{0,4}/etc/shadow[,=a-z]{0,8}",
+        ) {
+            let value = format!("{},{added}", good.1);
+            prop_assert!(refused(&[good.0, &value]), "{} {value}", good.0);
         }
 
         #[test]
         fn arbitrary_arguments_never_panic(arguments in prop::collection::vec(".{0,40}", 0..8)) {
-            let _ = judge(&arguments, &["/usr/bin".into()]);
+            let _ = judge(&descriptor(arguments, Vec::new()), &["/usr/bin".into()]);
+        }
+
+        #[test]
+        fn arbitrary_values_never_panic(
+            option in prop::sample::select(PATH_OPTIONS.to_vec()),
+            value in "[a-z0-9,=:./{}\"@é-]{0,60}",
+        ) {
+            let _ = refused(&[option, &value]);
         }
     }
 }

@@ -245,7 +245,7 @@ impl Hypervisor for Qemu {
             ));
         }
         obstacles.extend(region_obstacles(descriptor, available_bytes));
-        obstacles.extend(allowed::judge(&descriptor.arguments, &self.allowed_paths));
+        obstacles.extend(allowed::judge(descriptor, &self.allowed_paths));
         let wants_kvm = descriptor
             .arguments
             .windows(2)

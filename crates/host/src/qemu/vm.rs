@@ -9,6 +9,7 @@ use qapi::qmp;
 use serde_json::Value;
 
 use super::command_line::portable;
+use super::obstacle;
 use super::qmp::Monitor;
 use super::ram::{QemuRam, QemuTracker};
 use super::state;
@@ -143,14 +144,6 @@ impl QemuVm {
             number("minor"),
             number("micro")
         ))
-    }
-}
-
-fn obstacle(code: &str, message: String, remedy: &str) -> Obstacle {
-    Obstacle {
-        code: code.to_owned(),
-        message,
-        remedy: remedy.to_owned(),
     }
 }
 

@@ -1,0 +1,171 @@
+//! What an arriving VM may bring, by name.
+
+/// Options whose value is text for the guest or a label, which QEMU does not look up on the host.
+pub(super) const TEXT: [&str; 2] = ["-name", "-append"];
+/// Options whose value is keys with plain words.
+pub(super) const PLAIN: [&str; 9] = [
+    "-uuid",
+    "-cpu",
+    "-smp",
+    "-m",
+    "-numa",
+    "-rtc",
+    "-k",
+    "-watchdog-action",
+    "-action",
+];
+/// Keys of `-boot`; `splash` would show the guest a file.
+pub(super) const BOOT_KEYS: [&str; 6] = [
+    "order",
+    "once",
+    "menu",
+    "strict",
+    "reboot-timeout",
+    "splash-time",
+];
+/// Keys of `-accel`; `device` would name a file.
+pub(super) const ACCEL_KEYS: [&str; 8] = [
+    "accel",
+    "thread",
+    "tb-size",
+    "split-wx",
+    "one-insn-per-tb",
+    "kernel-irqchip",
+    "kvm-shadow-mem",
+    "dirty-ring-size",
+];
+/// Keys of a memory backend; the others make it private, fill it or bind it to one host.
+pub(super) const MEMFD_KEYS: [&str; 9] = [
+    "qom-type",
+    "id",
+    "size",
+    "share",
+    "hugetlb",
+    "hugetlbsize",
+    "merge",
+    "dump",
+    "seal",
+];
+/// Flags that an arriving VM may bring.
+pub(super) const FLAGS: [&str; 9] = [
+    "-nodefaults",
+    "-no-reboot",
+    "-no-shutdown",
+    "-no-user-config",
+    "-no-hpet",
+    "-no-acpi",
+    "-enable-kvm",
+    "-usb",
+    "-snapshot",
+];
+/// Devices that need nothing of the host but what other options give them.
+pub(super) const DEVICES: [&str; 56] = [
+    "virtio-net-pci",
+    "virtio-net-pci-non-transitional",
+    "virtio-blk-pci",
+    "virtio-blk-pci-non-transitional",
+    "virtio-scsi-pci",
+    "virtio-rng-pci",
+    "virtio-balloon-pci",
+    "virtio-serial-pci",
+    "virtio-vga",
+    "virtio-gpu-pci",
+    "virtio-keyboard-pci",
+    "virtio-mouse-pci",
+    "virtio-tablet-pci",
+    "virtconsole",
+    "virtserialport",
+    "virtio-crypto-pci",
+    "e1000",
+    "e1000e",
+    "rtl8139",
+    "ide-hd",
+    "ide-cd",
+    "scsi-hd",
+    "scsi-cd",
+    "ahci",
+    "ich9-ahci",
+    "nvme",
+    "pcie-root-port",
+    "pcie-pci-bridge",
+    "pci-bridge",
+    "isa-serial",
+    "pci-serial",
+    "qemu-xhci",
+    "nec-usb-xhci",
+    "usb-tablet",
+    "usb-kbd",
+    "usb-mouse",
+    "usb-storage",
+    "VGA",
+    "bochs-display",
+    "pvpanic",
+    "pvpanic-pci",
+    "i6300esb",
+    "isa-debug-exit",
+    "vmgenid",
+    "vmcoreinfo",
+    "intel-iommu",
+    "usb-ehci",
+    "piix3-usb-uhci",
+    "ich9-usb-ehci1",
+    "ich9-usb-uhci1",
+    "ich9-usb-uhci2",
+    "ich9-usb-uhci3",
+    "ich9-intel-hda",
+    "hda-output",
+    "hda-duplex",
+    "virtio-iommu-pci",
+];
+/// Keys that name something of the host; with devices and objects they are never needed.
+pub(super) const HOST_KEYS: [&str; 14] = [
+    "romfile", "path", "file", "filename", "host", "hostaddr", "socket", "fd", "fds", "vhostfd",
+    "vhostfds", "sysfsdev", "mem-path", "exec",
+];
+/// Objects that need nothing of the host; memory and random numbers are judged on their own.
+pub(super) const OBJECTS: [&str; 3] = ["iothread", "rng-builtin", "throttle-group"];
+/// Keys of `-drive`; the file is judged on its own.
+pub(super) const DRIVE_KEYS: [&str; 14] = [
+    "if",
+    "id",
+    "file",
+    "format",
+    "snapshot",
+    "cache",
+    "aio",
+    "discard",
+    "detect-zeroes",
+    "readonly",
+    "index",
+    "media",
+    "bus",
+    "unit",
+];
+/// Keys of `-machine` that are plain data.
+pub(super) const MACHINE_KEYS: [&str; 25] = [
+    "type",
+    "accel",
+    "memory-backend",
+    "kernel-irqchip",
+    "kernel_irqchip",
+    "smm",
+    "vmport",
+    "hpet",
+    "usb",
+    "graphics",
+    "dump-guest-core",
+    "mem-merge",
+    "nvdimm",
+    "hmat",
+    "acpi",
+    "sata",
+    "smbus",
+    "i8042",
+    "pit",
+    "pic",
+    "rtc",
+    "fd-bootchk",
+    "default-bus-bypass-iommu",
+    "max-ram-below-4g",
+    "suppress-vmdesc",
+];

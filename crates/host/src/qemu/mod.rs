@@ -9,7 +9,6 @@ mod vm;
 
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -71,12 +70,11 @@ impl Qemu {
         if incoming {
             command.args(["-incoming", "defer", "-S"]);
         }
-        // Its own process group: a signal for the agent's terminal is not for the VM, and the VM outlives the agent.
-        let child = command
+        // The VM outlives the agent.
+        let child = crate::sys::session::detach(&mut command)
             .stdin(Stdio::null())
             .stdout(log.try_clone().map_err(Error::io("making QEMU's log"))?)
             .stderr(log)
-            .process_group(0)
             .spawn()
             .map_err(Error::io(format!("starting {}", self.binary.display())))?;
         let failed = || Error::Start {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 
@@ -289,7 +290,7 @@ pub(crate) struct QemuTracker {
     ram: Arc<QemuRam>,
     pagemap: File,
     /// The kernel ends the tracking when the last copy is closed, at the latest when this agent ends.
-    uffd: std::os::fd::OwnedFd,
+    uffd: OwnedFd,
 }
 
 impl Drop for QemuTracker {
@@ -339,31 +340,41 @@ impl WriteTracker for QemuTracker {
     }
 }
 
-/// `userfaultfd(O_CLOEXEC | O_NONBLOCK)` inside the process; the descriptor becomes ours alone, so that the kernel
-/// ends the tracking when we do.
-fn take_userfaultfd(process: &Process) -> Result<std::os::fd::OwnedFd, Error> {
+/// A userfaultfd(2) made inside the process; the descriptor becomes ours alone, so that the kernel ends the tracking
+/// when we end.
+fn take_userfaultfd(process: &Process) -> Result<OwnedFd, Error> {
+    inject::within(process.pid(), |stopped| {
+        let remote = make_userfaultfd(stopped)?;
+        let ours = pidfd_getfd(
+            process.fd(),
+            remote as ForeignRawFd,
+            PidfdGetfdFlags::empty(),
+        );
+        stopped.syscall(libc::SYS_close, u64::from(remote.cast_unsigned()), 0)?;
+        ours.map_err(Error::call("pidfd_getfd"))
+    })
+}
+
+fn make_userfaultfd(stopped: &mut inject::Stopped) -> Result<i32, Error> {
     const FLAGS: u64 = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64;
-    let mut stopped = inject::Stopped::attach(process.pid())?;
-    let result = stopped.syscall(libc::SYS_userfaultfd, FLAGS, 0)?;
-    let Ok(remote) = i32::try_from(result).and_then(|fd| u32::try_from(fd).map(|_| fd)) else {
-        let errno = std::io::Error::from_raw_os_error(i32::try_from(-result).unwrap_or(libc::EIO));
-        let hint = match errno.raw_os_error() {
-            Some(libc::EPERM) => {
-                "; QEMU runs without CAP_SYS_PTRACE: set vm.unprivileged_userfaultfd=1"
-            }
-            _ => "",
-        };
-        return Err(Error::Injection(format!("userfaultfd: {errno}{hint}")));
+    const USER_MODE_ONLY: u64 = 1;
+    let mut result = stopped.syscall(libc::SYS_userfaultfd, FLAGS, 0)?;
+    if result == -i64::from(libc::EPERM) {
+        // What a QEMU without CAP_SYS_PTRACE may have. Asynchronous protection raises no faults that anybody has to
+        // serve, so that the kernel's own writes are followed with it as well.
+        result = stopped.syscall(libc::SYS_userfaultfd, FLAGS | USER_MODE_ONLY, 0)?;
+    }
+    if let Some(remote) = i32::try_from(result).ok().filter(|fd| *fd >= 0) {
+        return Ok(remote);
+    }
+    let errno = i32::try_from(-result).unwrap_or(libc::EIO);
+    let hint = match errno {
+        libc::EPERM => "; QEMU's sandbox forbids it, or vm.unprivileged_userfaultfd=1 is needed",
+        libc::ENOSYS => "; the kernel is built without CONFIG_USERFAULTFD",
+        _ => "",
     };
-    let ours = pidfd_getfd(
-        process.fd(),
-        remote as ForeignRawFd,
-        PidfdGetfdFlags::empty(),
-    );
-    let closed = stopped.syscall(libc::SYS_close, u64::from(remote.cast_unsigned()), 0);
-    drop(stopped);
-    closed?;
-    ours.map_err(Error::call("pidfd_getfd"))
+    let errno = std::io::Error::from_raw_os_error(errno);
+    Err(Error::Injection(format!("userfaultfd: {errno}{hint}")))
 }
 
 #[cfg(test)]

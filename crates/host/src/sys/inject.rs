@@ -16,6 +16,9 @@ use crate::Error;
 
 /// Longest wait for the thread to stop.
 const DEADLINE: Duration = Duration::from_secs(2);
+/// Longest wait for a system call of ours that does not come back: as long as it runs, the registers can't be put
+/// back, and a process that is let go with ours would crash.
+const STUCK_DEADLINE: Duration = Duration::from_secs(120);
 
 /// A process under our control; it goes on when this is dropped.
 pub(crate) struct Stopped {
@@ -23,6 +26,26 @@ pub(crate) struct Stopped {
     saved: user_regs_struct,
     syscall_at: u64,
     signals: Vec<c_int>,
+    ended: bool,
+}
+
+/// Stops the main thread of the process, lets `work` execute system calls in it, and lets it go on.
+///
+/// A tracer is a thread, and the kernel releases what it traced when it ends. So a thread of its own does it: even a
+/// process that could not be stopped in time is free afterwards.
+pub(crate) fn within<T: Send>(
+    pid: u32,
+    work: impl FnOnce(&mut Stopped) -> Result<T, Error> + Send,
+) -> Result<T, Error> {
+    std::thread::scope(|scope| {
+        let tracer = std::thread::Builder::new().name("inject".to_owned());
+        let running = tracer
+            .spawn_scoped(scope, || work(&mut Stopped::attach(pid)?))
+            .map_err(Error::io("starting a thread"))?;
+        running
+            .join()
+            .unwrap_or_else(|_| Err(Error::Injection("the tracing thread panicked".to_owned())))
+    })
 }
 
 fn error(what: &str) -> Error {
@@ -36,8 +59,8 @@ fn ptrace(request: libc::c_uint, pid: pid_t, data: *mut c_void) -> c_long {
 }
 
 /// Waits for the traced thread to stop and gives its wait status.
-fn wait_stop(pid: pid_t) -> Result<c_int, Error> {
-    let deadline = Instant::now() + DEADLINE;
+fn wait_stop(pid: pid_t, patience: Duration) -> Result<c_int, Error> {
+    let deadline = Instant::now() + patience;
     loop {
         let mut status = 0;
         // SAFETY: `status` is a live integer.
@@ -67,7 +90,7 @@ fn wait_stop(pid: pid_t) -> Result<c_int, Error> {
 
 impl Stopped {
     /// Stops the main thread of the process. All calls must come from the thread that made this one.
-    pub(crate) fn attach(pid: u32) -> Result<Self, Error> {
+    fn attach(pid: u32) -> Result<Self, Error> {
         let syscall_at = find_syscall(pid)?;
         let pid = pid_t::try_from(pid).map_err(|_| Error::ProcessGone { pid })?;
         if ptrace(libc::PTRACE_SEIZE, pid, std::ptr::null_mut()) != 0 {
@@ -78,23 +101,26 @@ impl Stopped {
         // From here on dropping the guard detaches.
         let mut stopped =
             // SAFETY: all-zero bytes are a valid `user_regs_struct`, which has only integers.
-            Self { pid, saved: unsafe { std::mem::zeroed() }, syscall_at, signals: Vec::new() };
+            Self { pid, saved: unsafe { std::mem::zeroed() }, syscall_at, signals: Vec::new(), ended: false };
         if ptrace(libc::PTRACE_INTERRUPT, pid, std::ptr::null_mut()) != 0 {
             return Err(error("stopping"));
         }
-        let status = wait_stop(pid)?;
-        stopped.note_signal(status);
+        stopped.wait(DEADLINE)?;
         stopped.saved = stopped.registers()?;
         Ok(stopped)
     }
 
-    /// A stop that brings a signal for the process: it gets it later.
-    fn note_signal(&mut self, status: c_int) {
+    /// Waits for a stop. One that brings a signal for the process: it gets it later.
+    fn wait(&mut self, patience: Duration) -> Result<(), Error> {
+        let status = wait_stop(self.pid, patience).inspect_err(|error| {
+            self.ended = error.is_process_gone();
+        })?;
         let signal = libc::WSTOPSIG(status);
         let is_event = status >> 16 != 0;
         if !is_event && signal != libc::SIGTRAP {
             self.signals.push(signal);
         }
+        Ok(())
     }
 
     fn registers(&self) -> Result<user_regs_struct, Error> {
@@ -134,8 +160,14 @@ impl Stopped {
             if ptrace(libc::PTRACE_SINGLESTEP, self.pid, std::ptr::null_mut()) != 0 {
                 return Err(error("stepping"));
             }
-            let status = wait_stop(self.pid)?;
-            self.note_signal(status);
+            match self.wait(DEADLINE) {
+                Err(Error::Timeout(_)) => {
+                    // It runs within the kernel, which is short of something. The stop comes when it returns.
+                    let _ = ptrace(libc::PTRACE_INTERRUPT, self.pid, std::ptr::null_mut());
+                    self.wait(STUCK_DEADLINE)?;
+                }
+                other => other?,
+            }
             let now = self.registers()?;
             if now.rip == self.syscall_at + 2 {
                 return Ok(now.rax.cast_signed());
@@ -151,6 +183,9 @@ impl Stopped {
 
 impl Drop for Stopped {
     fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
         if self.saved.rip != 0 {
             let _ = self.set_registers(&self.saved);
         }

@@ -5,6 +5,7 @@ mod command_line;
 mod qmp;
 mod ram;
 mod state;
+mod text;
 mod vm;
 
 use std::fs;

@@ -7,6 +7,9 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use qapi::Command;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, sockopt,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -15,12 +18,12 @@ use crate::Error;
 /// Longest wait for an answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest line that is read: `query-qmp-schema`, which we never ask for, has about 300 KiB.
-const LINE_MAX: u64 = 8 << 20;
+const LINE_MAX: usize = 8 << 20;
 
 /// A connection to a monitor, made anew when it broke.
 pub(crate) struct Monitor {
     path: PathBuf,
-    connection: Mutex<Option<BufReader<UnixStream>>>,
+    connection: Mutex<Option<Connection>>,
 }
 
 #[derive(Serialize)]
@@ -34,6 +37,7 @@ struct Reply {
     #[serde(rename = "return")]
     value: Option<Value>,
     error: Option<ReplyError>,
+    event: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -72,19 +76,45 @@ impl Monitor {
     /// Executes a command and gives its answer as it is, where newer versions of QEMU add what the library's
     /// type doesn't know.
     pub(crate) fn execute_value<C: Command>(&self, command: &C) -> Result<Value, Error> {
+        self.execute_within(command, TIMEOUT)
+    }
+
+    /// The same with another deadline for all of it.
+    pub(crate) fn execute_within<C: Command>(
+        &self,
+        command: &C,
+        patience: Duration,
+    ) -> Result<Value, Error> {
         let mut slot = self
             .connection
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let mut connection = match slot.take() {
-            Some(connection) => connection,
-            None => self.connect().map_err(|error| self.failed(error))?,
-        };
-        let request = Execute {
+        let deadline = Instant::now() + patience;
+        let mut request = serde_json::to_vec(&Execute {
             execute: C::NAME,
             arguments: command,
+        })
+        .map_err(|error| self.failed(error.into()))?;
+        request.push(b'\n');
+        // A connection that broke since it was last used is made anew: nothing of this command went through it.
+        let used = slot.take().and_then(|mut connection| {
+            connection
+                .send(&request, deadline)
+                .ok()
+                .map(|()| connection)
+        });
+        let mut connection = match used {
+            Some(connection) => connection,
+            None => Connection::open(&self.path, deadline)
+                .and_then(|mut connection| {
+                    connection.send(&request, deadline)?;
+                    Ok(connection)
+                })
+                .map_err(|error| self.failed(error))?,
         };
-        let reply = exchange(&mut connection, &request).map_err(|error| self.failed(error))?;
+        let reply = connection
+            .answer(deadline)
+            .map_err(|error| self.failed(error))?;
         // Only a connection on which nothing is outstanding is used again.
         *slot = Some(connection);
         match (reply.value, reply.error) {
@@ -99,48 +129,168 @@ impl Monitor {
             }),
         }
     }
+}
 
-    fn connect(&self) -> io::Result<BufReader<UnixStream>> {
-        let stream = UnixStream::connect(&self.path)?;
-        stream.set_read_timeout(Some(TIMEOUT))?;
-        stream.set_write_timeout(Some(TIMEOUT))?;
-        let mut connection = BufReader::new(stream);
-        read_line(&mut connection)?;
+struct Connection(BufReader<UnixStream>);
+
+impl Connection {
+    fn open(path: &Path, deadline: Instant) -> io::Result<Self> {
+        let socket = socket_with(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        // A monitor that another client uses does not accept; then connecting waits, for as long as sending may.
+        sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(left(deadline)?))?;
+        connect(&socket, &SocketAddrUnix::new(path)?)?;
+        let mut connection = Self(BufReader::new(UnixStream::from(socket)));
+        connection.line(deadline).map_err(|error| {
+            if error.kind() == io::ErrorKind::TimedOut {
+                io::Error::new(error.kind(), "no greeting: another client may be connected")
+            } else {
+                error
+            }
+        })?;
         let capabilities = qapi::qmp::qmp_capabilities { enable: None };
-        let request = Execute {
+        let mut request = serde_json::to_vec(&Execute {
             execute: <qapi::qmp::qmp_capabilities as Command>::NAME,
             arguments: &capabilities,
-        };
-        exchange(&mut connection, &request)?;
+        })?;
+        request.push(b'\n');
+        connection.send(&request, deadline)?;
+        connection.answer(deadline)?;
         Ok(connection)
     }
-}
 
-fn read_line(connection: &mut BufReader<UnixStream>) -> io::Result<String> {
-    let mut line = String::new();
-    let count = io::Read::take(connection, LINE_MAX).read_line(&mut line)?;
-    if count == 0 {
-        return Err(io::ErrorKind::UnexpectedEof.into());
+    fn send(&mut self, request: &[u8], deadline: Instant) -> io::Result<()> {
+        let stream = self.0.get_mut();
+        stream.set_write_timeout(Some(left(deadline)?))?;
+        stream.write_all(request)
     }
-    Ok(line)
+
+    fn answer(&mut self, deadline: Instant) -> io::Result<Reply> {
+        loop {
+            let reply: Reply = serde_json::from_slice(&self.line(deadline)?)?;
+            if reply.value.is_some() || reply.error.is_some() {
+                return Ok(reply);
+            }
+            if let Some(event) = reply.event {
+                tracing::debug!(event, "QEMU reports");
+            }
+        }
+    }
+
+    fn line(&mut self, deadline: Instant) -> io::Result<Vec<u8>> {
+        let mut line = Vec::new();
+        loop {
+            if self.0.buffer().is_empty() {
+                self.0.get_ref().set_read_timeout(Some(left(deadline)?))?;
+            }
+            let chunk = match self.0.fill_buf() {
+                Ok([]) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(chunk) => chunk,
+                // How Linux reports a receive timeout.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            let end = chunk.iter().position(|&byte| byte == b'\n');
+            let count = end.map_or(chunk.len(), |end| end + 1);
+            if line.len() + count > LINE_MAX {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "a line without end",
+                ));
+            }
+            line.extend_from_slice(&chunk[..count]);
+            self.0.consume(count);
+            if end.is_some() {
+                return Ok(line);
+            }
+        }
+    }
 }
 
-fn exchange<C: Serialize>(
-    connection: &mut BufReader<UnixStream>,
-    request: &Execute<'_, C>,
-) -> io::Result<Reply> {
-    let mut bytes = serde_json::to_vec(request)?;
-    bytes.push(b'\n');
-    connection.get_mut().write_all(&bytes)?;
-    let deadline = Instant::now() + TIMEOUT;
-    loop {
-        let reply: Reply = serde_json::from_str(&read_line(connection)?)?;
-        // Anything else is an event.
-        if reply.value.is_some() || reply.error.is_some() {
-            return Ok(reply);
+/// Time left, or that there is none.
+fn left(deadline: Instant) -> io::Result<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        Err(io::ErrorKind::TimedOut.into())
+    } else {
+        // Zero would mean for ever, also after rounding to microseconds.
+        Ok(left.max(Duration::from_millis(1)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    const GREETING: &[u8] = b"{\"QMP\":{}}\n{\"return\":{}}\n";
+
+    fn serve(answers: Vec<&'static [u8]>) -> (tempfile::TempDir, Monitor) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        std::thread::spawn(move || {
+            for answer in answers {
+                let (mut stream, _) = listener.accept().unwrap();
+                stream.write_all(answer).unwrap();
+                // Until the request has come, so that none is lost in the closing socket.
+                let mut seen = Vec::new();
+                let mut buffer = [0; 4096];
+                while seen.iter().filter(|&&byte| byte == b'\n').count() < 2 {
+                    match stream.read(&mut buffer) {
+                        Ok(count @ 1..) => seen.extend_from_slice(&buffer[..count]),
+                        _ => break,
+                    }
+                }
+            }
+        });
+        (dir, Monitor::new(&path))
+    }
+
+    #[test]
+    fn events_are_passed_over_and_a_broken_connection_is_made_anew() {
+        let answer = [GREETING, b"{\"event\":\"STOP\"}\n{\"return\":{\"a\":1}}\n"]
+            .concat()
+            .leak();
+        let (_dir, monitor) = serve(vec![answer, answer]);
+        for _ in 0..2 {
+            let value = monitor.execute_value(&qapi::qmp::query_status {}).unwrap();
+            assert_eq!(value["a"], 1);
         }
-        if Instant::now() >= deadline {
-            return Err(io::ErrorKind::TimedOut.into());
+    }
+
+    #[test]
+    fn a_monitor_that_says_nothing_is_given_up_in_time() {
+        let (dir, _) = serve(vec![]);
+        let silent = dir.path().join("silent");
+        let _listener = UnixListener::bind(&silent).unwrap();
+        let monitor = Monitor::new(&silent);
+        let began = Instant::now();
+        let error = monitor
+            .execute_within(&qapi::qmp::quit {}, Duration::from_millis(100))
+            .unwrap_err();
+        assert!(matches!(error, Error::Qmp { .. }), "{error}");
+        assert!(began.elapsed() < Duration::from_secs(5));
+    }
+
+    #[test]
+    fn what_is_no_answer_is_an_error() {
+        for odd in [&b"nonsense\n"[..], b"", b"{\"QMP\":{}}\nnull\n"] {
+            let (_dir, monitor) = serve(vec![odd]);
+            assert!(
+                monitor
+                    .execute_within(&qapi::qmp::quit {}, Duration::from_millis(300))
+                    .is_err()
+            );
         }
     }
 }

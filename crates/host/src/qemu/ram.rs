@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use rustix::process::{ForeignRawFd, PidfdGetfdFlags, pidfd_getfd};
 
 use super::qmp::Monitor;
+use super::text::{guest_address, large_others};
 use crate::Error;
 use crate::process::Process;
 use crate::sys::{inject, track};
@@ -21,6 +22,9 @@ use crate::vm::{GuestRam, PAGE_SIZE, Region, WriteTracker};
 
 /// Most data extents of a region: what is more fragmented is read with its holes closed up to pages anyway.
 const EXTENTS_MAX: usize = 4 << 20;
+
+/// Largest RAM block beside the backends: video memory and firmware.
+const OTHER_BLOCK_MAX: u64 = 32 << 20;
 
 /// A backend of guest RAM.
 #[derive(Debug)]
@@ -36,8 +40,16 @@ struct Mapping {
     address: u64,
     offset: u64,
     len: u64,
-    inode: u64,
+    file: FileId,
     shared: bool,
+    writable: bool,
+}
+
+/// Which file is mapped: inode numbers alone are unique only within a file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct FileId {
+    device: u64,
+    inode: u64,
 }
 
 /// RAM of a QEMU process.
@@ -89,6 +101,44 @@ impl QemuRam {
             .ok_or_else(|| Error::Ram(format!("region {region} does not exist")))
     }
 
+    /// RAM blocks that are not followed from outside and too large to travel with the device state.
+    pub(crate) fn large_others(&self, monitor: &Monitor) -> Result<Vec<(String, u64)>, Error> {
+        let blocks = human(monitor, "info ramblock")?;
+        let ids: Vec<&str> = self.regions.iter().map(|r| r.name.as_str()).collect();
+        Ok(large_others(&blocks, &ids, OTHER_BLOCK_MAX))
+    }
+
+    /// Processes besides QEMU that can write the guest's RAM unseen, because they map it too.
+    pub(crate) fn shared_with(&self, pid: u32) -> Result<Vec<u32>, Error> {
+        let ours: Vec<FileId> = self
+            .backends
+            .iter()
+            .filter_map(|backend| Some(backend.mappings.first()?.file))
+            .collect();
+        let mut others = Vec::new();
+        let entries = fs::read_dir("/proc").map_err(Error::io("listing processes"))?;
+        for entry in entries.flatten() {
+            let other = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse().ok());
+            let Some(other) = other.filter(|other| *other != pid) else {
+                continue;
+            };
+            // One that has ended meanwhile writes nothing.
+            let Ok(mappings) = mappings(other) else {
+                continue;
+            };
+            if mappings
+                .iter()
+                .any(|m| m.shared && m.writable && ours.contains(&m.file))
+            {
+                others.push(other);
+            }
+        }
+        Ok(others)
+    }
+
     /// Makes every region empty, and proves it: true if no region holds data.
     pub(crate) fn prove_zero(&self) -> Result<bool, Error> {
         for (index, region) in self.regions.iter().enumerate() {
@@ -116,10 +166,13 @@ impl Backend {
         let here = mappings
             .iter()
             .find(|m| (m.address..m.address + m.len).contains(&host));
-        let Some(inode) = here.filter(|m| m.shared && m.inode != 0).map(|m| m.inode) else {
+        let Some(file_id) = here
+            .filter(|m| m.shared && m.file.inode != 0)
+            .map(|m| m.file)
+        else {
             return Err(Error::Ram(format!("backend {id:?} is private to QEMU")));
         };
-        let file = open_by_inode(process.pid(), inode)?
+        let file = open_by_id(process.pid(), file_id)?
             .ok_or_else(|| Error::Ram(format!("no descriptor for backend {id:?}")))?;
         let len = file
             .metadata()
@@ -132,7 +185,7 @@ impl Backend {
         }
         let mappings: Vec<Mapping> = mappings
             .iter()
-            .filter(|m| m.inode == inode)
+            .filter(|m| m.file == file_id)
             .cloned()
             .collect();
         Ok(Self {
@@ -146,12 +199,13 @@ impl Backend {
     }
 }
 
-/// Opens the file with this inode among the process's descriptors.
-fn open_by_inode(pid: u32, inode: u64) -> Result<Option<File>, Error> {
+/// Opens this file through the process's descriptors.
+fn open_by_id(pid: u32, id: FileId) -> Result<Option<File>, Error> {
     let dir = format!("/proc/{pid}/fd");
     let entries = fs::read_dir(&dir).map_err(Error::io("listing QEMU's descriptors"))?;
     for entry in entries.flatten() {
-        let is_it = fs::metadata(entry.path()).is_ok_and(|meta| meta.ino() == inode)
+        let is_it = fs::metadata(entry.path())
+            .is_ok_and(|meta| (meta.ino(), meta.dev()) == (id.inode, id.device))
             && fs::read_link(entry.path()).is_ok_and(|link| {
                 let link = link.to_string_lossy().into_owned();
                 link.starts_with("/memfd:") || link.starts_with("/dev/")
@@ -170,26 +224,6 @@ fn human(monitor: &Monitor, line: &str) -> Result<String, Error> {
         cpu_index: None,
     };
     monitor.execute(&command)
-}
-
-/// First guest-physical address of a backend in `info mtree -f`, and the offset in the backend found there.
-fn guest_address(tree: &str, id: &str) -> Option<(u64, u64)> {
-    tree.lines().find_map(|line| {
-        let (range, rest) = line.trim().split_once(" (prio ")?;
-        let (kind, name) = rest.split_once(", ")?.1.split_once("): ")?;
-        if kind != "ram" {
-            return None;
-        }
-        // `NAME`, `NAME @OFFSET`, either with the accelerator behind it.
-        let mut words = name.split_ascii_whitespace();
-        if words.next()? != id {
-            return None;
-        }
-        let offset = words.find_map(|word| word.strip_prefix('@'));
-        let offset = offset.map_or(Some(0), |hex| u64::from_str_radix(hex, 16).ok())?;
-        let start = u64::from_str_radix(range.split_once('-')?.0, 16).ok()?;
-        Some((start, offset))
-    })
 }
 
 /// File mappings of a process, see proc_pid_maps(5).
@@ -212,15 +246,22 @@ fn parse_mapping(line: &str) -> Option<Mapping> {
     let (start, end) = fields.next()?.split_once('-')?;
     let start = u64::from_str_radix(start, 16).ok()?;
     let end = u64::from_str_radix(end, 16).ok()?;
-    let shared = fields.next()?.ends_with('s');
+    let mode = fields.next()?;
     let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
-    let inode = fields.nth(1)?.parse().ok()?;
+    let (major, minor) = fields.next()?.split_once(':')?;
+    let major = u32::from_str_radix(major, 16).ok()?;
+    let minor = u32::from_str_radix(minor, 16).ok()?;
+    let inode = fields.next()?.parse().ok()?;
     Some(Mapping {
         address: start,
         offset,
         len: end.checked_sub(start)?,
-        inode,
-        shared,
+        file: FileId {
+            device: rustix::fs::makedev(major, minor),
+            inode,
+        },
+        shared: mode.ends_with('s'),
+        writable: mode.contains('w'),
     })
 }
 
@@ -381,33 +422,17 @@ fn make_userfaultfd(stopped: &mut inject::Stopped) -> Result<i32, Error> {
 mod tests {
     use super::*;
 
-    const TREE: &str = "
-FlatView #1
- AS \"memory\", root: system
-  0000000000000000-00000000000bffff (prio 0, ram): ram0 KVM
-  00000000000c0000-00000000000dffff (prio 1, rom): pc.rom
-  0000000008000000-000000000fffffff (prio 0, ram): m1 @0000000000001000 KVM
-  00000000febc0000-00000000febc0fff (prio 1, i/o): msix-table
-";
-
-    #[test]
-    fn backends_are_found_in_the_flat_view() {
-        assert_eq!(guest_address(TREE, "ram0"), Some((0, 0)));
-        assert_eq!(guest_address(TREE, "m1"), Some((0x0800_0000, 0x1000)));
-        assert_eq!(guest_address(TREE, "m"), None);
-        assert_eq!(guest_address(TREE, "pc.rom"), None);
-    }
-
     #[test]
     fn mappings_are_read_from_proc() {
         let line = "7ff5c7fff000-7ff5cbfff000 rw-s 00001000 00:01 1026  /memfd:memory-backend-memfd (deleted)";
         let mapping = parse_mapping(line).unwrap();
         assert_eq!(mapping.len, 64 << 20);
         assert_eq!(
-            (mapping.offset, mapping.inode, mapping.shared),
+            (mapping.offset, mapping.file.inode, mapping.shared),
             (0x1000, 1026, true)
         );
-        for odd in ["", "x-y", "1-0 rw-s 0 0 1", "00-"] {
+        assert_eq!(mapping.file.device, rustix::fs::makedev(0, 1));
+        for odd in ["", "x-y", "1-0 rw-s 0 0 1", "1-0 rw-s 0 0:1 1", "00-"] {
             assert_eq!(parse_mapping(odd), None, "{odd}");
         }
     }

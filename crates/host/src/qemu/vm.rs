@@ -71,6 +71,40 @@ impl QemuVm {
         Ok(found)
     }
 
+    fn ram_obstacles(&self, ram: &Arc<QemuRam>) -> Result<Vec<Obstacle>, Error> {
+        let mut obstacles = Vec::new();
+        for other in ram.shared_with(self.process.pid())? {
+            obstacles.push(obstacle(
+                "ram-shared",
+                format!("process {other} has the VM's memory mapped too and can write it unseen"),
+                "Remove the device that it serves, or end it.",
+            ));
+        }
+        for (name, bytes) in self.or_gone(ram.large_others(&self.monitor))? {
+            obstacles.push(obstacle(
+                "ram-private",
+                format!(
+                    "the {} MiB of {name:?} are private to QEMU",
+                    bytes >> 20
+                ),
+                "Give the VM all its memory with `memory-backend-memfd,share=on`; make video memory smaller.",
+            ));
+        }
+        // The proof that tracking works is to track.
+        match QemuTracker::start(&self.process, Arc::clone(ram)) {
+            Ok(_) => Ok(obstacles),
+            Err(error @ Error::ProcessGone { .. }) => Err(error),
+            Err(error) => {
+                obstacles.push(obstacle(
+                    "tracking",
+                    format!("writes to the VM's memory cannot be followed: {}", chain(&error)),
+                    "Linux 6.7 or newer is needed, and an agent with CAP_SYS_PTRACE that no other tracer forestalls.",
+                ));
+                Ok(obstacles)
+            }
+        }
+    }
+
     fn is_finishing(&self) -> Result<bool, Error> {
         let status = self.run(&qmp::query_status {})?;
         let migration = self.run(&qmp::query_migrate {})?;
@@ -182,15 +216,7 @@ impl Vm for QemuVm {
     fn obstacles(&self) -> Result<Vec<Obstacle>, Error> {
         let mut obstacles = device_obstacles(&self.arguments()?);
         match self.qemu_ram() {
-            Ok(ram) => match QemuTracker::start(&self.process, ram) {
-                Ok(_) => {}
-                Err(error @ Error::ProcessGone { .. }) => return Err(error),
-                Err(error) => obstacles.push(obstacle(
-                    "tracking",
-                    format!("writes to the VM's memory cannot be followed: {}", chain(&error)),
-                    "Linux 6.7 or newer is needed, and an agent with CAP_SYS_PTRACE that no other tracer forestalls.",
-                )),
-            },
+            Ok(ram) => obstacles.extend(self.ram_obstacles(&ram)?),
             Err(Error::Ram(message)) => obstacles.push(obstacle(
                 "ram-private",
                 message,

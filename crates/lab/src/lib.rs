@@ -1,1 +1,18 @@
-//! placeholder
+//! The lab: hosts as network namespaces of one machine, each with its own agent, state and certificates, joined by a
+//! bridge; guests that verify their own memory; a client and an observer outside of them.
+//!
+//! A [`rig::Rig`] makes all of it and leaves nothing behind, also when a test panics. What a killed process leaves is
+//! removed by [`rig::clean`] and by the next rig that is made.
+#![forbid(unsafe_code)]
+
+pub mod control;
+pub mod guest;
+pub mod host;
+pub mod network;
+pub mod observer;
+pub mod paths;
+pub mod probe;
+pub mod process;
+pub mod qemu;
+pub mod rig;
+pub mod wait;

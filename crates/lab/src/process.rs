@@ -147,7 +147,9 @@ pub fn output(command: &mut Command, limit: Duration) -> Result<Output> {
         .wait(limit)
         .with_context(|| format!("running {:?}", format!("{command:?}")))?;
     let join = |thread: Option<std::thread::JoinHandle<Vec<u8>>>| {
-        thread.and_then(|thread| thread.join().ok()).unwrap_or_default()
+        thread
+            .and_then(|thread| thread.join().ok())
+            .unwrap_or_default()
     };
     Ok(Output {
         status,
@@ -176,7 +178,9 @@ pub fn start_ticks(pid: u32) -> Option<u64> {
 /// A number of `/proc/PID/status`, in KiB for memory; none if there is no such process or line.
 pub fn status_value(pid: u32, key: &str) -> Option<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
     line.split_whitespace().next()?.parse().ok()
 }
 
@@ -204,8 +208,13 @@ mod tests {
     #[test]
     fn a_command_that_fails_says_what_it_wrote() {
         assert_eq!(run("echo", &["a", "b"]).unwrap(), "a b\n");
-        let error = run("sh", &["-c", "echo no >&2; exit 3"]).unwrap_err().to_string();
-        assert!(error.contains("exit status: 3") && error.ends_with("no"), "{error}");
+        let error = run("sh", &["-c", "echo no >&2; exit 3"])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("exit status: 3") && error.ends_with("no"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -27,8 +27,7 @@ fn interrupt() -> &'static Interrupt {
 ///
 /// The signals can't be caught.
 pub fn catch_signals() -> Result<()> {
-    let mut signals =
-        Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot catch Ctrl-C")?;
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("cannot catch Ctrl-C")?;
     std::thread::Builder::new()
         .name("signals".to_owned())
         .spawn(move || {

@@ -1,0 +1,57 @@
+//! `palanquin-lab`: the demo, and the removal of what a killed run left behind.
+#![forbid(unsafe_code)]
+
+mod demo;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use palanquin_lab::{rig, wait};
+
+/// Real hosts in network namespaces of this machine
+#[derive(Parser)]
+#[command(name = "palanquin-lab")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Move a running Linux guest to another host and back while an observer records the wire
+    Demo(demo::Options),
+    /// Remove what killed runs left behind
+    CleanRig,
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(problem) => {
+            eprintln!("error: {problem}");
+            for cause in problem.chain().skip(1) {
+                eprintln!("  cause: {cause}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<()> {
+    // What is interrupted still takes down what it built.
+    wait::catch_signals()?;
+    match task {
+        Task::Demo(options) => demo::run(&options),
+        Task::CleanRig => {
+            let removed = rig::clean()?;
+            for name in &removed {
+                println!("removed {name}");
+            }
+            if removed.is_empty() {
+                println!("nothing was left behind");
+            }
+            Ok(())
+        }
+    }
+}

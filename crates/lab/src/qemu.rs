@@ -1,0 +1,188 @@
+//! QEMU without any agent: for adoption, and to measure QEMU's own migration.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use crate::guest::Console;
+use crate::process::Kept;
+use crate::wait;
+
+/// QEMU answers within this time, also on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A QEMU process that is killed when it is dropped.
+#[derive(Debug)]
+pub struct Qemu {
+    process: Kept,
+    dir: PathBuf,
+}
+
+impl Qemu {
+    /// Starts QEMU with a QMP socket and a console in `dir`. `command` is how to run a program, for example inside a
+    /// namespace; it has no arguments yet.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be started or does not answer.
+    pub fn start(
+        mut command: Command,
+        dir: &Path,
+        arguments: impl IntoIterator<Item = impl Into<OsString>>,
+    ) -> Result<Self> {
+        fs::create_dir_all(dir)?;
+        let _ = fs::remove_file(dir.join("qmp"));
+        command.args(arguments.into_iter().map(Into::into));
+        command.args(["-nodefaults", "-no-reboot", "-display", "none", "-serial"]);
+        command.arg(format!("file:{}", dir.join("console.log").display()));
+        command.arg("-qmp");
+        command.arg(format!(
+            "unix:{},server=on,wait=off",
+            dir.join("qmp").display()
+        ));
+        let log = dir.join("qemu.log");
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(&log)?);
+        let mut qemu = Self {
+            process: Kept::new(command.spawn().context("cannot start QEMU")?),
+            dir: dir.to_owned(),
+        };
+        wait::until_true("QEMU opens its socket", PATIENCE, || {
+            if qemu.process.ended()?.is_some() {
+                bail!("it ended: {}", fs::read_to_string(&log)?);
+            }
+            Ok(qemu.qmp_path().exists())
+        })?;
+        Ok(qemu)
+    }
+
+    /// Process ID.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Path of the QMP socket.
+    pub fn qmp_path(&self) -> PathBuf {
+        self.dir.join("qmp")
+    }
+
+    /// The guest's console.
+    pub fn console(&self) -> Console {
+        Console::new(self.dir.join("console.log"))
+    }
+
+    /// Connects to the QMP socket.
+    ///
+    /// # Errors
+    ///
+    /// If QEMU does not answer.
+    pub fn qmp(&self) -> Result<Qmp> {
+        Qmp::connect(&self.qmp_path())
+    }
+
+    /// Kills it.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+}
+
+/// A QMP connection.
+#[derive(Debug)]
+pub struct Qmp {
+    stream: UnixStream,
+    reader: BufReader<UnixStream>,
+    /// Names of the events that came, and when.
+    events: VecDeque<(String, Instant)>,
+}
+
+impl Qmp {
+    /// Connects and negotiates.
+    ///
+    /// # Errors
+    ///
+    /// If nobody answers.
+    pub fn connect(path: &Path) -> Result<Self> {
+        let stream = UnixStream::connect(path)
+            .with_context(|| format!("no QEMU answers at {}", path.display()))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let reader = BufReader::new(stream.try_clone()?);
+        let mut qmp = Self {
+            stream,
+            reader,
+            events: VecDeque::new(),
+        };
+        qmp.read()?;
+        qmp.execute("qmp_capabilities", &json!({}))?;
+        Ok(qmp)
+    }
+
+    fn read(&mut self) -> Result<Value> {
+        let mut line = String::new();
+        if self
+            .reader
+            .read_line(&mut line)
+            .context("QEMU does not answer")?
+            == 0
+        {
+            bail!("QEMU closed its socket");
+        }
+        serde_json::from_str(&line).with_context(|| format!("QEMU said {line}"))
+    }
+
+    /// Executes a command and gives its result.
+    ///
+    /// # Errors
+    ///
+    /// If QEMU refuses or does not answer.
+    pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value> {
+        let request = json!({"execute": command, "arguments": arguments});
+        writeln!(self.stream, "{request}")?;
+        loop {
+            let mut message = self.read()?;
+            if message.get("return").is_some() {
+                return Ok(message["return"].take());
+            }
+            if let Some(error) = message.get("error") {
+                bail!("{command}: {}", error["desc"]);
+            }
+            self.note(&message);
+        }
+    }
+
+    fn note(&mut self, message: &Value) {
+        if let Some(event) = message["event"].as_str() {
+            self.events.push_back((event.to_owned(), Instant::now()));
+        }
+    }
+
+    /// Waits for an event and says when it came; events before it are forgotten.
+    ///
+    /// # Errors
+    ///
+    /// If it does not come.
+    pub fn wait_event(&mut self, name: &str) -> Result<Instant> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            while let Some((event, when)) = self.events.pop_front() {
+                if event == name {
+                    return Ok(when);
+                }
+            }
+            if Instant::now() >= deadline {
+                bail!("no event {name} within {PATIENCE:?}");
+            }
+            let message = self.read().with_context(|| format!("waiting for {name}"))?;
+            self.note(&message);
+        }
+    }
+}

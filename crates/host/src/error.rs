@@ -99,6 +99,15 @@ impl Error {
         }
     }
 
+    /// Whether something did not answer in time.
+    pub(crate) fn is_timeout(&self) -> bool {
+        match self {
+            Self::Timeout(_) => true,
+            Self::Qmp { source, .. } => source.kind() == io::ErrorKind::TimedOut,
+            _ => false,
+        }
+    }
+
     /// Whether the hypervisor's process has ended.
     pub fn is_process_gone(&self) -> bool {
         matches!(self, Self::ProcessGone { .. })

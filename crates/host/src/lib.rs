@@ -13,5 +13,6 @@ mod process;
 pub mod qemu;
 mod sys;
 pub mod vm;
+mod wait;
 
 pub use error::Error;

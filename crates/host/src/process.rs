@@ -4,12 +4,12 @@ use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
 
 use crate::Error;
+use crate::wait::readable;
 
 /// A process of this machine.
 #[derive(Debug)]
@@ -57,12 +57,7 @@ impl Process {
 
     /// Waits until it has ended or the time is up; true if it has ended. Reaps it if it is our child.
     pub(crate) fn has_ended(&self, timeout: Duration) -> bool {
-        let timeout = Timespec {
-            tv_sec: timeout.as_secs().cast_signed(),
-            tv_nsec: timeout.subsec_nanos().into(),
-        };
-        let mut fds = [PollFd::new(&self.fd, PollFlags::IN)];
-        let ended = matches!(poll(&mut fds, Some(&timeout)), Ok(1..));
+        let ended = readable(&self.fd, timeout);
         if ended {
             let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
             // Not our child, or reaped already: then there is nothing to reap.

@@ -13,15 +13,13 @@ use self::lists::{
     OBJECTS, PLAIN, TEXT,
 };
 use super::command_line::{VM_DIR, is_flag};
-use super::obstacle;
+use super::{obstacle, shown};
 use crate::vm::{Descriptor, Obstacle, Region};
 
 const ARGUMENTS_MAX: usize = 512;
 const ARGUMENT_BYTES_MAX: usize = 8192;
 /// Most virtual CPUs, and the largest of any number that `-smp` takes.
 const CPUS_MAX: u32 = 1024;
-/// Longest piece of a hostile argument that is repeated in a message.
-const SHOWN_CHARS: usize = 200;
 
 /// Finds everything in a VM's arguments that it may not bring, all at once.
 pub(crate) fn judge(descriptor: &Descriptor, allowed_paths: &[PathBuf]) -> Vec<Obstacle> {
@@ -52,12 +50,6 @@ fn refusal(message: &str) -> Obstacle {
         "Start the VM without it, or list the directory of its files in `qemu.allowed-paths` of the \
          destination's configuration.",
     )
-}
-
-/// A hostile text for a message.
-fn shown(text: &str) -> String {
-    let short: String = text.chars().take(SHOWN_CHARS).collect();
-    format!("{short:?}")
 }
 
 struct Judge<'a> {

@@ -6,7 +6,9 @@ use crate::vm::{Accel, Machine};
 
 /// Stands for the VM's directory in arguments that cross hosts.
 pub(crate) const VM_DIR: &str = "@VM_DIR@";
-const CONSOLE: &str = "file:@VM_DIR@/console.log";
+/// What a machine with a console gets. A file that is there is continued: a QEMU that starts again, or the VM that
+/// comes back, does not wipe it.
+const CONSOLE: &str = "file,id=console,path=@VM_DIR@/console.log,append=on";
 
 /// Arguments for a machine, with [`VM_DIR`] for its directory.
 pub(crate) fn arguments(machine: &Machine) -> Vec<String> {
@@ -79,14 +81,12 @@ pub(crate) fn arguments(machine: &Machine) -> Vec<String> {
             format!("virtio-net-pci,netdev=net{index},mac={mac}"),
         );
     }
-    add(
-        "-serial",
-        if machine.console {
-            CONSOLE.to_owned()
-        } else {
-            "null".to_owned()
-        },
-    );
+    if machine.console {
+        add("-chardev", CONSOLE.to_owned());
+        add("-serial", "chardev:console".to_owned());
+    } else {
+        add("-serial", "null".to_owned());
+    }
     add("-display", "none".to_owned());
     args.extend(["-nodefaults".to_owned(), "-no-reboot".to_owned()]);
     args
@@ -102,7 +102,7 @@ pub(crate) fn kvm_opens() -> bool {
 }
 
 /// Options with a value that belong to one host: dropped.
-const HOST_OPTIONS: [&str; 17] = [
+const HOST_OPTIONS: [&str; 20] = [
     "-qmp",
     "-qmp-pretty",
     "-monitor",
@@ -120,9 +120,28 @@ const HOST_OPTIONS: [&str; 17] = [
     "-trace",
     "-sandbox",
     "-loadvm",
+    "-overcommit",
+    "-msg",
+    "-qtest",
 ];
 /// Options without a value that belong to one host: dropped.
-const HOST_FLAGS: [&str; 4] = ["-S", "-daemonize", "-s", "-only-migratable"];
+const HOST_FLAGS: [&str; 6] = [
+    "-S",
+    "-daemonize",
+    "-s",
+    "-only-migratable",
+    "-mem-prealloc",
+    "-nodefconfig",
+];
+/// Keys of a memory backend that bind it to one host or fill it.
+const HOST_MEMORY_KEYS: [&str; 6] = [
+    "prealloc",
+    "prealloc-threads",
+    "prealloc-context",
+    "host-nodes",
+    "policy",
+    "reserve",
+];
 /// Options without a value.
 const FLAGS: [&str; 14] = [
     "-nodefaults",
@@ -157,7 +176,7 @@ pub(crate) fn portable(args: &[String], vm_dir: &Path, machine: &str) -> Vec<Str
     };
     let monitors = monitor_chardevs(args, normal);
     let mut portable: Vec<String> = Vec::new();
-    let mut serial = false;
+    let mut serials = 0;
     let mut nographic = false;
     let mut rest = args.iter();
     while let Some(arg) = rest.next() {
@@ -183,10 +202,12 @@ pub(crate) fn portable(args: &[String], vm_dir: &Path, machine: &str) -> Vec<Str
         let mut value = value.replace(dir.as_ref(), VM_DIR);
         match option.as_str() {
             "-chardev" if monitors.iter().any(|id| has_key(&value, "id", id)) => continue,
+            "-chardev" => value = portable_chardev(&value),
+            "-object" => value = portable_object(&value),
             "-display" => "none".clone_into(&mut value),
             "-serial" => {
-                serial = true;
-                value = portable_serial(&value);
+                value = portable_serial(&value, serials);
+                serials += 1;
             }
             "-machine" | "-M" => value = versioned(&value, machine),
             _ => {}
@@ -200,7 +221,7 @@ pub(crate) fn portable(args: &[String], vm_dir: &Path, machine: &str) -> Vec<Str
     }
     if nographic {
         portable.extend(["-display".to_owned(), "none".to_owned()]);
-        if !serial && !portable.iter().any(|arg| arg == "-nodefaults") {
+        if serials == 0 && !portable.iter().any(|arg| arg == "-nodefaults") {
             portable.extend(["-serial".to_owned(), "null".to_owned()]);
         }
     }
@@ -212,19 +233,25 @@ pub(crate) fn portable(args: &[String], vm_dir: &Path, machine: &str) -> Vec<Str
 
 /// IDs of the character devices that only monitors use.
 fn monitor_chardevs(args: &[String], normal: impl Fn(&str) -> String) -> Vec<String> {
-    args.windows(2)
-        .filter(|pair| normal(&pair[0]) == "-mon")
-        .filter_map(|pair| {
-            let mut keys = pair[1].split(',');
-            let first = keys.next()?;
-            let named = first
-                .strip_prefix("chardev=")
-                .or_else(|| (!first.contains('=')).then_some(first));
-            named
-                .or_else(|| keys.find_map(|key| key.strip_prefix("chardev=")))
-                .map(str::to_owned)
+    let monitors = args.windows(2).filter(|pair| normal(&pair[0]) == "-mon");
+    let ids = monitors.filter_map(|pair| {
+        let mut keys = pair[1].split(',');
+        let first = keys.next()?;
+        let named = first
+            .strip_prefix("chardev=")
+            .or_else(|| (!first.contains('=')).then_some(first));
+        named
+            .or_else(|| keys.find_map(|key| key.strip_prefix("chardev=")))
+            .map(str::to_owned)
+    });
+    let is_used_elsewhere = |id: &String| {
+        args.windows(2).any(|pair| {
+            let uses = has_key(&pair[1], "chardev", id)
+                || pair[1].strip_prefix("chardev:") == Some(id.as_str());
+            uses && normal(&pair[0]) != "-mon"
         })
-        .collect()
+    };
+    ids.filter(|id| !is_used_elsewhere(id)).collect()
 }
 
 fn has_key(value: &str, key: &str, expected: &str) -> bool {
@@ -234,14 +261,54 @@ fn has_key(value: &str, key: &str, expected: &str) -> bool {
 }
 
 /// Output to a file goes to the VM's directory; anything else that a serial port may be belongs to one host.
-fn portable_serial(value: &str) -> String {
+fn portable_serial(value: &str, index: usize) -> String {
     if value.starts_with("file:") {
-        CONSOLE.to_owned()
+        match index {
+            0 => format!("file:{VM_DIR}/console.log"),
+            more => format!("file:{VM_DIR}/serial{more}.log"),
+        }
     } else if value == "none" || value.starts_with("chardev:") {
         value.to_owned()
     } else {
         "null".to_owned()
     }
+}
+
+/// As with serial ports. The device that uses it stays, because the guest sees that.
+fn portable_chardev(value: &str) -> String {
+    let kind = value.split(',').next().unwrap_or_default();
+    if matches!(kind, "null" | "ringbuf") {
+        return value.to_owned();
+    }
+    let key = |wanted: &str| {
+        value
+            .split(',')
+            .find_map(|pair| pair.strip_prefix(wanted)?.strip_prefix('='))
+    };
+    let id = key("id").unwrap_or_default();
+    if kind != "file" {
+        return format!("null,id={id}");
+    }
+    let in_vm_dir = key("path").filter(|path| path.starts_with(VM_DIR));
+    let path = in_vm_dir.map_or_else(|| format!("{VM_DIR}/{id}.log"), str::to_owned);
+    format!("file,id={id},path={path},append=on")
+}
+
+/// Memory is empty at its start and lies where the other host has room.
+fn portable_object(value: &str) -> String {
+    if !value.contains("memory-backend-") {
+        return value.to_owned();
+    }
+    let is_kept = |pair: &&str| {
+        let key = pair.split('=').next().unwrap_or_default();
+        // `host-nodes.0=1` is a way to write it, too.
+        !HOST_MEMORY_KEYS.contains(&key.split('.').next().unwrap_or_default())
+    };
+    value
+        .split(',')
+        .filter(is_kept)
+        .collect::<Vec<_>>()
+        .join(",")
 }
 
 /// Replaces the machine type by its version, so that another release of QEMU builds the same machine.
@@ -295,5 +362,53 @@ mod tests {
         let portable = portable(&value, Path::new("/state/vms/1"), "m");
         assert_eq!(portable[1], "file:@VM_DIR@/console.log");
         assert_eq!(portable[3], "/boot/vmlinuz");
+    }
+
+    #[test]
+    fn character_devices_of_one_host_fall_silent_and_their_devices_stay() {
+        let line = "-chardev socket,id=agent,path=/run/agent,server=on -device virtserialport,chardev=agent \
+                    -chardev stdio,id=both,mux=on -mon chardev=both -serial chardev:both \
+                    -chardev file,id=log,path=/var/log/vm -machine q35";
+        assert_eq!(
+            portable(&args(line), Path::new("/vm"), "q35"),
+            args(
+                "-chardev null,id=agent -device virtserialport,chardev=agent -chardev null,id=both \
+                 -serial chardev:both -chardev file,id=log,path=@VM_DIR@/log.log,append=on -machine q35"
+            )
+        );
+    }
+
+    #[test]
+    fn memory_is_bound_to_no_host_and_not_filled() {
+        let line = "-object memory-backend-memfd,id=m,size=1G,share=on,prealloc=on,host-nodes=0,policy=bind \
+                    -object iothread,id=i -machine q35 -overcommit mem-lock=on -mem-prealloc";
+        assert_eq!(
+            portable(&args(line), Path::new("/vm"), "q35"),
+            args(
+                "-object memory-backend-memfd,id=m,size=1G,share=on -object iothread,id=i -machine q35"
+            )
+        );
+    }
+
+    #[test]
+    fn serial_ports_get_a_file_each() {
+        let line = "-serial file:a -serial file:b -serial mon:stdio -machine q35";
+        let serials = "-serial file:@VM_DIR@/console.log -serial file:@VM_DIR@/serial1.log -serial null \
+                       -machine q35";
+        assert_eq!(
+            portable(&args(line), Path::new("/vm"), "q35"),
+            args(serials)
+        );
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_command_line_is_rewritten_without_panic(
+            arguments in proptest::collection::vec("[-a-z,=:./{}\"é]{0,24}", 0..12),
+            noise in proptest::collection::vec(".{0,24}", 0..6),
+        ) {
+            let _ = portable(&arguments, Path::new("/vm"), "q35");
+            let _ = portable(&noise, Path::new("/vm"), "q35");
+        }
     }
 }

@@ -9,7 +9,8 @@ mod text;
 mod vm;
 
 use std::fs;
-use std::os::unix::fs::DirBuilderExt;
+use std::io::Read;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -26,7 +27,16 @@ use crate::vm::{
 
 /// Longest time for QEMU to answer after its start.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
+/// Longest time for QEMU to tell its version or its machines.
+const ASK_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest answer about itself that is read, in bytes.
+const ANSWER_MAX: u64 = 1 << 20;
+/// Longest wait for a process to end after it was killed.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest piece of a text from another host that is repeated in a message.
+const SHOWN_CHARS: usize = 200;
 const REGIONS_MAX: usize = 64;
+const CPU_WORDS_MAX: usize = 256;
 /// What QEMU needs beside guest RAM.
 const OVERHEAD_BYTES: u64 = 64 << 20;
 
@@ -47,11 +57,7 @@ impl Qemu {
     }
 
     fn start(&self, arguments: &[String], vm_dir: &Path, incoming: bool) -> Result<QemuVm, Error> {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(vm_dir)
-            .map_err(Error::io(format!("making {}", vm_dir.display())))?;
+        make_dir(vm_dir)?;
         let qmp = vm_dir.join("qmp");
         if qmp.as_os_str().len() > 107 {
             return Err(Error::SocketPath(qmp));
@@ -67,7 +73,7 @@ impl Qemu {
                     .map(|argument| argument.replace(VM_DIR, &dir)),
             )
             .arg("-qmp")
-            .arg(format!("unix:{},server=on,wait=off", qmp.display()));
+            .arg(monitor_argument(&qmp));
         if incoming {
             command.args(["-incoming", "defer", "-S"]);
         }
@@ -92,7 +98,7 @@ impl Qemu {
                         return Err(failed());
                     }
                     if Instant::now() >= deadline {
-                        vm.process.kill(Duration::from_secs(5));
+                        vm.process.kill(KILL_TIMEOUT);
                         return Err(error);
                     }
                 }
@@ -106,13 +112,45 @@ impl Qemu {
 
     fn ask(&self, arguments: &[&str]) -> Result<String, Error> {
         let action = format!("running {} {}", self.binary.display(), arguments.join(" "));
-        let output = Command::new(&self.binary)
+        let mut child = Command::new(&self.binary)
             .args(arguments)
             .stdin(Stdio::null())
-            .output()
-            .map_err(Error::io(action))?;
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(Error::io(action.clone()))?;
+        let process = Process::open(child.id())?;
+        // Its answers are smaller than a pipe.
+        if !process.has_ended(ASK_TIMEOUT) {
+            process.kill(KILL_TIMEOUT);
+            return Err(Error::Timeout("asking QEMU about itself"));
+        }
+        let mut text = Vec::new();
+        if let Some(stdout) = child.stdout.take() {
+            let mut stdout = stdout.take(ANSWER_MAX);
+            stdout.read_to_end(&mut text).map_err(Error::io(action))?;
+        }
+        Ok(String::from_utf8_lossy(&text).into_owned())
     }
+}
+
+/// Makes the directory for the agent alone.
+fn make_dir(vm_dir: &Path) -> Result<(), Error> {
+    let action = || Error::io(format!("making {}", vm_dir.display()));
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(vm_dir)
+        .map_err(action())?;
+    // It may have been there.
+    fs::set_permissions(vm_dir, fs::Permissions::from_mode(0o700)).map_err(action())
+}
+
+/// What makes a QEMU listen for the agent.
+fn monitor_argument(qmp: &Path) -> String {
+    // QEMU writes a comma within a value twice.
+    let path = qmp.to_string_lossy().replace(',', ",,");
+    format!("unix:{path},server=on,wait=off")
 }
 
 /// End of a log, for an error message.
@@ -124,6 +162,12 @@ fn tail(path: &Path) -> String {
         return "it ended without a word".to_owned();
     }
     lines.into_iter().rev().collect::<Vec<_>>().join("; ")
+}
+
+/// A text from another host, for a message.
+fn shown(text: &str) -> String {
+    let short: String = text.chars().take(SHOWN_CHARS).collect();
+    format!("{short:?}")
 }
 
 fn obstacle(code: &str, message: String, remedy: &str) -> Obstacle {
@@ -147,11 +191,7 @@ impl Hypervisor for Qemu {
     }
 
     fn adopt(&self, pid: u32, qmp: &Path, vm_dir: &Path) -> Result<Arc<dyn Vm>, Error> {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(vm_dir)
-            .map_err(Error::io(format!("making {}", vm_dir.display())))?;
+        make_dir(vm_dir)?;
         let vm = QemuVm::new(Process::open(pid)?, qmp, vm_dir);
         vm.run_state()?;
         Ok(Arc::new(vm))
@@ -206,8 +246,8 @@ impl Hypervisor for Qemu {
             obstacles.push(obstacle(
                 "hypervisor",
                 format!(
-                    "the VM needs {:?}, this host has QEMU",
-                    descriptor.hypervisor
+                    "the VM needs {}, this host has QEMU",
+                    shown(&descriptor.hypervisor)
                 ),
                 "Choose a destination with the same hypervisor.",
             ));
@@ -215,12 +255,14 @@ impl Hypervisor for Qemu {
         }
         match self.version() {
             Ok(ours) => {
-                if major_minor(&ours) < major_minor(&descriptor.version) {
+                let theirs = major_minor(&descriptor.version);
+                // A version that is none is refused too.
+                if theirs.is_none() || major_minor(&ours) < theirs {
                     obstacles.push(obstacle(
                         "qemu-version",
                         format!(
                             "QEMU is {ours} here and {} at the source",
-                            descriptor.version
+                            shown(&descriptor.version)
                         ),
                         "Upgrade QEMU on the destination to at least the source's version.",
                     ));
@@ -239,8 +281,15 @@ impl Hypervisor for Qemu {
         {
             obstacles.push(obstacle(
                 "machine-type",
-                format!("QEMU here has no machine {:?}", descriptor.machine),
+                format!("QEMU here has no machine {}", shown(&descriptor.machine)),
                 "Upgrade QEMU on the destination, or start the VM with a machine type that both know.",
+            ));
+        }
+        if descriptor.cpu_features.len() > CPU_WORDS_MAX {
+            obstacles.push(obstacle(
+                "cpu-feature",
+                "the VM announces more CPU feature words than there are".to_owned(),
+                "Report this: the source describes a VM that cannot exist.",
             ));
         }
         obstacles.extend(region_obstacles(descriptor, available_bytes));
@@ -264,13 +313,13 @@ impl Hypervisor for Qemu {
     }
 
     fn sweep(&self, vm_dir: &Path) -> Result<(), Error> {
-        let monitor = qmp::Monitor::new(&vm_dir.join("qmp"));
-        match monitor.execute_value(&qapi::qmp::quit {}) {
-            Ok(_) => Ok(()),
-            // Nobody listens there.
-            Err(Error::Qmp { .. }) => Ok(()),
-            Err(error) => Err(error),
+        let qmp = vm_dir.join("qmp");
+        let argument = monitor_argument(&qmp);
+        // By the command line, not the socket: it may be just about to listen.
+        for process in processes_with(&argument)? {
+            QemuVm::new(process, &qmp, vm_dir).terminate()?;
         }
+        Ok(())
     }
 
     fn version(&self) -> Result<String, Error> {
@@ -283,6 +332,23 @@ impl Hypervisor for Qemu {
             problem: text.chars().take(200).collect(),
         })
     }
+}
+
+/// Processes that have this argument.
+fn processes_with(argument: &str) -> Result<Vec<Process>, Error> {
+    let has_it = |pid: u32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split(|&byte| byte == 0)
+            .any(|word| word == argument.as_bytes())
+    };
+    let entries = fs::read_dir("/proc").map_err(Error::io("listing processes"))?;
+    let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    Ok(pids
+        .filter(|pid| has_it(*pid))
+        .filter_map(|pid| Process::open(pid).ok())
+        // Looked at again: the ID may have been used anew before the process was held.
+        .filter(|process| has_it(process.pid()))
+        .collect())
 }
 
 fn region_obstacles(descriptor: &Descriptor, available_bytes: u64) -> Vec<Obstacle> {
@@ -357,7 +423,7 @@ fn examine(vm: &QemuVm, descriptor: &Descriptor) -> Result<Vec<Obstacle>, Error>
         if missing != 0 {
             obstacles.push(obstacle(
                 "cpu-feature",
-                format!("the CPU here lacks bits {missing:#x} of {name}"),
+                format!("the CPU here lacks bits {missing:#x} of {}", shown(name)),
                 "Start the VM with a CPU model that both hosts have.",
             ));
         }

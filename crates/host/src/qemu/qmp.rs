@@ -96,25 +96,25 @@ impl Monitor {
         })
         .map_err(|error| self.failed(error.into()))?;
         request.push(b'\n');
-        // A connection that broke since it was last used is made anew: nothing of this command went through it.
-        let used = slot.take().and_then(|mut connection| {
-            connection
-                .send(&request, deadline)
-                .ok()
-                .map(|()| connection)
+        // One that broke since it was last used is made anew. Should QEMU have taken the command after all: every command
+        // that this crate uses may be repeated, or is refused the second time.
+        let used = slot.take().map(|mut connection| {
+            let reply = connection.exchange(&request, deadline)?;
+            Ok::<_, io::Error>((connection, reply))
         });
-        let mut connection = match used {
-            Some(connection) => connection,
-            None => Connection::open(&self.path, deadline)
-                .and_then(|mut connection| {
-                    connection.send(&request, deadline)?;
-                    Ok(connection)
-                })
-                .map_err(|error| self.failed(error))?,
+        let is_broken = |error: &io::Error| {
+            use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+            matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
         };
-        let reply = connection
-            .answer(deadline)
-            .map_err(|error| self.failed(error))?;
+        let done = match used {
+            Some(Err(error)) if !is_broken(&error) => Err(error),
+            Some(Ok(done)) => Ok(done),
+            _ => Connection::open(&self.path, deadline).and_then(|mut connection| {
+                let reply = connection.exchange(&request, deadline)?;
+                Ok((connection, reply))
+            }),
+        };
+        let (connection, reply) = done.map_err(|error| self.failed(error))?;
         // Only a connection on which nothing is outstanding is used again.
         *slot = Some(connection);
         match (reply.value, reply.error) {
@@ -158,18 +158,15 @@ impl Connection {
             arguments: &capabilities,
         })?;
         request.push(b'\n');
-        connection.send(&request, deadline)?;
-        connection.answer(deadline)?;
+        connection.exchange(&request, deadline)?;
         Ok(connection)
     }
 
-    fn send(&mut self, request: &[u8], deadline: Instant) -> io::Result<()> {
+    /// Sends a command and gives its answer; events before it are passed over.
+    fn exchange(&mut self, request: &[u8], deadline: Instant) -> io::Result<Reply> {
         let stream = self.0.get_mut();
         stream.set_write_timeout(Some(left(deadline)?))?;
-        stream.write_all(request)
-    }
-
-    fn answer(&mut self, deadline: Instant) -> io::Result<Reply> {
+        stream.write_all(request)?;
         loop {
             let reply: Reply = serde_json::from_slice(&self.line(deadline)?)?;
             if reply.value.is_some() || reply.error.is_some() {

@@ -8,17 +8,22 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use qapi::qmp;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
 
 use super::qmp::Monitor;
 use crate::Error;
 use crate::process::Process;
+use crate::wait::readable;
 
 /// Longest time for a whole save or load.
 const DEADLINE: Duration = Duration::from_secs(30);
 /// Between two looks at QEMU's progress: it tells completion by an event only when asked at start.
 const POLL: Duration = Duration::from_millis(1);
+
+/// Longest wait for QEMU to connect.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Bytes that are read at once.
+const CHUNK: usize = 256 << 10;
 
 /// Turns on what a migration without RAM needs. May be repeated.
 pub(crate) fn enable(monitor: &Monitor) -> Result<(), Error> {
@@ -124,31 +129,41 @@ fn receive(
         uri,
     })?;
     // QEMU connects before it answers, or its migration has failed.
-    let mut fds = [PollFd::new(listener, PollFlags::IN)];
-    let timeout = Timespec {
-        tv_sec: 5,
-        tv_nsec: 0,
-    };
-    if !matches!(poll(&mut fds, Some(&timeout)), Ok(1..)) {
+    if !readable(listener, CONNECT_TIMEOUT) {
         wait_completed(process, monitor, Instant::now())?;
         return Err(Error::DeviceState("QEMU did not connect".to_owned()));
     }
     let (stream, _) = listener
         .accept()
         .map_err(Error::io("accepting the device state"))?;
-    stream
-        .set_read_timeout(Some(DEADLINE))
-        .map_err(Error::io("reading the device state"))?;
-    let mut state = Vec::with_capacity(1 << 20);
-    (&stream)
-        .take(limit_bytes.saturating_add(1))
-        .read_to_end(&mut state)
-        .map_err(Error::io("reading the device state"))?;
-    if state.len() as u64 > limit_bytes {
-        return Err(Error::DeviceStateSize { limit_bytes });
-    }
+    let state = read_until_end(&stream, limit_bytes, deadline)?;
     wait_completed(process, monitor, deadline)?;
     Ok(state)
+}
+
+/// Reads to the end, at most `limit_bytes`.
+fn read_until_end(
+    stream: &UnixStream,
+    limit_bytes: u64,
+    deadline: Instant,
+) -> Result<Vec<u8>, Error> {
+    let mut state = Vec::with_capacity(1 << 20);
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        if !readable(stream, deadline.saturating_duration_since(Instant::now())) {
+            return Err(Error::Timeout("saving the device state"));
+        }
+        let count = (&mut &*stream)
+            .read(&mut chunk)
+            .map_err(Error::io("reading the device state"))?;
+        if count == 0 {
+            return Ok(state);
+        }
+        if (state.len() + count) as u64 > limit_bytes {
+            return Err(Error::DeviceStateSize { limit_bytes });
+        }
+        state.extend_from_slice(&chunk[..count]);
+    }
 }
 
 /// Loads the state into a waiting container.

@@ -105,6 +105,15 @@ impl QemuVm {
         }
     }
 
+    fn status(&self) -> Result<String, Error> {
+        let answer = self.run(&qmp::query_status {})?;
+        let status = answer["status"].as_str();
+        status.map(str::to_owned).ok_or_else(|| Error::Answer {
+            command: "query-status",
+            problem: "no status".to_owned(),
+        })
+    }
+
     fn is_finishing(&self) -> Result<bool, Error> {
         let status = self.run(&qmp::query_status {})?;
         let migration = self.run(&qmp::query_migrate {})?;
@@ -250,6 +259,13 @@ impl Vm for QemuVm {
                 "Wait for it to end, or cancel it.",
             ));
         }
+        if self.status()? == "suspended" {
+            obstacles.push(obstacle(
+                "vm-suspended",
+                "the guest sleeps".to_owned(),
+                "Wake it, and try again.",
+            ));
+        }
         if self.run_state()? == RunState::Ended {
             obstacles.push(obstacle(
                 "vm-ended",
@@ -283,9 +299,9 @@ impl Vm for QemuVm {
     }
 
     fn run_state(&self) -> Result<RunState, Error> {
-        let status = self.run(&qmp::query_status {})?;
-        Ok(match status["status"].as_str().unwrap_or_default() {
-            "running" => RunState::Running,
+        Ok(match self.status()?.as_str() {
+            // A sleeping guest runs on when it is woken.
+            "running" | "suspended" => RunState::Running,
             "inmigrate" => RunState::Incoming,
             "shutdown" | "guest-panicked" | "internal-error" => RunState::Ended,
             _ => RunState::Paused,
@@ -293,7 +309,15 @@ impl Vm for QemuVm {
     }
 
     fn pause(&self) -> Result<(), Error> {
-        self.run(&qmp::stop {}).map(drop)
+        self.run(&qmp::stop {})?;
+        // A guest that sleeps is not stopped by it, and would go on when it is woken.
+        match self.status()?.as_str() {
+            status @ ("running" | "suspended" | "inmigrate") => Err(Error::Answer {
+                command: "stop",
+                problem: format!("the VM is {status} afterwards"),
+            }),
+            _ => Ok(()),
+        }
     }
 
     fn resume(&self) -> Result<(), Error> {
@@ -336,8 +360,11 @@ impl Vm for QemuVm {
 
     fn terminate(&self) -> Result<(), Error> {
         let began = Instant::now();
-        if self.monitor.execute_value(&qmp::quit {}).is_ok() && self.process.has_ended(QUIT_TIMEOUT)
-        {
+        let quit = self.monitor.execute_within(&qmp::quit {}, QUIT_TIMEOUT);
+        // One that does not answer gets no more time; any other may be flushing its disks.
+        let hangs = quit.is_err_and(|error| error.is_timeout());
+        let patience = if hangs { Duration::ZERO } else { QUIT_TIMEOUT };
+        if self.process.has_ended(patience) {
             return Ok(());
         }
         tracing::debug!(pid = self.process.pid(), waited = ?began.elapsed(), "killing QEMU");

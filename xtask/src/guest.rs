@@ -60,16 +60,14 @@ fn kernel(out: &Path) -> Result<()> {
             &tree.display().to_string(),
         ],
     )?;
-    let boot = fs::read_dir(tree.join("boot"))?
+    let is_kernel = |path: &PathBuf| {
+        path.file_name()
+            .is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz"))
+    };
+    let mut boot = fs::read_dir(tree.join("boot"))?
         .flatten()
         .map(|entry| entry.path());
-    let kernel = boot
-        .filter(|path| {
-            path.file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz"))
-        })
-        .next()
-        .context("no kernel in the package")?;
+    let kernel = boot.find(is_kernel).context("no kernel in the package")?;
     modules(&tree, out)?;
     fs::copy(kernel, out.join("vmlinuz"))?;
     fs::remove_dir_all(&tree)?;

@@ -10,9 +10,12 @@ use crate::{guest, root, run, setup, tidy};
 /// Version of the licence checker that this repository is checked with.
 const DENY: &str = "0.20.2";
 
+/// What must pass, by name.
+type Step = (&'static str, fn() -> Result<()>);
+
 /// All steps; stops at the first that fails, and always says how far it came.
 pub(crate) fn test() -> Result<()> {
-    let steps: [(&str, fn() -> Result<()>); 11] = [
+    let steps: [Step; 11] = [
         ("install", setup::install),
         ("format", || run("cargo", &["fmt", "--all", "--check"])),
         ("lints", || {

@@ -44,6 +44,10 @@ pub trait GuestRam: Send + Sync {
 }
 
 /// Finds the pages written since the last collection. Dropping it ends the tracking.
+///
+/// A page that the hypervisor gave back to the host (a balloon does that) and that was not written since the last
+/// collection is not named: it reads as zeros there, and as it was before wherever it was copied to. Guests must expect
+/// either (virtio, memory balloon device).
 pub trait WriteTracker: Send {
     /// Calls `sink(region, pages)` for every run of pages (in units of [`PAGE_SIZE`]) written since the
     /// last call, and arms them again. The first call names every page of every region.

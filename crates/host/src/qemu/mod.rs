@@ -6,6 +6,7 @@ mod qmp;
 mod ram;
 mod state;
 mod text;
+mod tracker;
 mod vm;
 
 use std::fs;

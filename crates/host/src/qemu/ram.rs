@@ -4,25 +4,23 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::Arc;
 
 use qapi::qmp;
-use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fstatfs, seek};
 use rustix::io::Errno;
-use rustix::process::{ForeignRawFd, PidfdGetfdFlags, pidfd_getfd};
 
 use super::qmp::Monitor;
 use super::text::{guest_address, large_others};
 use crate::Error;
 use crate::process::Process;
-use crate::sys::{inject, track};
-use crate::vm::{GuestRam, PAGE_SIZE, Region, WriteTracker};
+use crate::vm::{GuestRam, PAGE_SIZE, Region};
 
 /// Most data extents of a region: what is more fragmented is read with its holes closed up to pages anyway.
 const EXTENTS_MAX: usize = 4 << 20;
 
+/// File system of huge pages, see statfs(2).
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 /// Largest RAM block beside the backends: video memory and firmware.
 const OTHER_BLOCK_MAX: u64 = 32 << 20;
 
@@ -33,13 +31,40 @@ struct Backend {
     file: File,
     /// Where it is mapped in QEMU: (address, offset in the file, length).
     mappings: Vec<Mapping>,
+    huge: bool,
 }
 
+impl Backend {
+    /// Writes through the process's own mapping.
+    fn write_mapped(
+        &self,
+        memory: &File,
+        offset: u64,
+        bytes: &[u8],
+    ) -> Result<std::io::Result<()>, Error> {
+        let end = offset + bytes.len() as u64;
+        let fits = |m: &&Mapping| m.offset <= offset && end <= m.offset + m.len;
+        let mapping = self
+            .mappings
+            .iter()
+            .find(fits)
+            .ok_or_else(|| Error::Ram("the region is not mapped in one piece".to_owned()))?;
+        Ok(memory.write_all_at(bytes, mapping.address + (offset - mapping.offset)))
+    }
+
+    fn is_empty_file(&self) -> Result<bool, Error> {
+        let meta = self.file.metadata();
+        Ok(meta.map_err(Error::io("looking at guest RAM"))?.blocks() == 0)
+    }
+}
+
+/// A part of the process that shows a part of a backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Mapping {
-    address: u64,
-    offset: u64,
-    len: u64,
+pub(super) struct Mapping {
+    pub(super) address: u64,
+    /// Where in the file it begins.
+    pub(super) offset: u64,
+    pub(super) len: u64,
     file: FileId,
     shared: bool,
     writable: bool,
@@ -47,7 +72,7 @@ struct Mapping {
 
 /// Which file is mapped: inode numbers alone are unique only within a file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct FileId {
+pub(super) struct FileId {
     device: u64,
     inode: u64,
 }
@@ -57,6 +82,8 @@ struct FileId {
 pub(crate) struct QemuRam {
     regions: Vec<Region>,
     backends: Vec<Backend>,
+    /// `/proc/PID/mem`, where a backend has huge pages: their file can be read but not written.
+    memory: Option<File>,
 }
 
 impl QemuRam {
@@ -89,10 +116,24 @@ impl QemuRam {
                 .ok_or_else(|| Error::Ram(format!("no address for {id:?}: {}", answer.trim())))?;
             backends.push(Backend::open(process, id, size, host, &mappings)?);
         }
+        let memory = if backends.iter().any(|backend| backend.huge) {
+            let path = format!("/proc/{}/mem", process.pid());
+            let file = OpenOptions::new().write(true).open(path);
+            Some(file.map_err(Error::io("opening QEMU's memory"))?)
+        } else {
+            None
+        };
         Ok(Self {
             regions: backends.iter().map(|b| b.region.clone()).collect(),
             backends,
+            memory,
         })
+    }
+
+    /// All that the process has mapped of the regions, with the region's index.
+    pub(super) fn mappings(&self) -> impl Iterator<Item = (usize, &Mapping)> {
+        let backends = self.backends.iter().enumerate();
+        backends.flat_map(|(region, backend)| backend.mappings.iter().map(move |m| (region, m)))
     }
 
     fn backend(&self, region: usize) -> Result<&Backend, Error> {
@@ -183,6 +224,7 @@ impl Backend {
                 "backend {id:?} has {len} bytes, expected {size}"
             )));
         }
+        let file_system = fstatfs(&file).map_err(Error::call("fstatfs"))?.f_type;
         let mappings: Vec<Mapping> = mappings
             .iter()
             .filter(|m| m.file == file_id)
@@ -195,6 +237,7 @@ impl Backend {
             },
             file,
             mappings,
+            huge: file_system.cast_unsigned() == HUGETLBFS_MAGIC,
         })
     }
 }
@@ -273,6 +316,11 @@ impl GuestRam for QemuRam {
     fn data_extents(&self, region: usize) -> Result<Vec<Range<u64>>, Error> {
         let backend = self.backend(region)?;
         let size = backend.region.size_bytes;
+        if backend.huge {
+            // Holes of huge pages can't be looked for, but reading them does not fill them.
+            let empty = backend.is_empty_file()?;
+            return Ok(std::iter::once(0..size).filter(|_| !empty).collect());
+        }
         let mut extents = Vec::new();
         let mut at = 0;
         while at < size {
@@ -308,10 +356,11 @@ impl GuestRam for QemuRam {
         if end.is_none_or(|end| end > backend.region.size_bytes) {
             return Err(Error::Ram("a write outside the region".to_owned()));
         }
-        backend
-            .file
-            .write_all_at(bytes, offset)
-            .map_err(Error::io("writing guest RAM"))
+        let written = match &self.memory {
+            Some(memory) if backend.huge => backend.write_mapped(memory, offset, bytes)?,
+            _ => backend.file.write_all_at(bytes, offset),
+        };
+        written.map_err(Error::io("writing guest RAM"))
     }
 
     fn discard(&self, region: usize, range: Range<u64>) -> Result<(), Error> {
@@ -324,98 +373,6 @@ impl GuestRam for QemuRam {
         fallocate(&backend.file, flags, range.start, end - range.start)
             .map_err(Error::call("fallocate(PUNCH_HOLE)"))
     }
-}
-
-/// Follows the writes of a QEMU process to its RAM.
-pub(crate) struct QemuTracker {
-    ram: Arc<QemuRam>,
-    pagemap: File,
-    /// The kernel ends the tracking when the last copy is closed, at the latest when this agent ends.
-    uffd: OwnedFd,
-}
-
-impl Drop for QemuTracker {
-    fn drop(&mut self) {
-        // A process that is being forked just now holds a copy for a moment; the next tracking need not wait.
-        for mapping in self
-            .ram
-            .backends
-            .iter()
-            .flat_map(|backend| &backend.mappings)
-        {
-            let _ = track::unregister(
-                &self.uffd,
-                &(mapping.address..mapping.address + mapping.len),
-            );
-        }
-    }
-}
-
-impl QemuTracker {
-    /// Starts to follow.
-    pub(crate) fn start(process: &Process, ram: Arc<QemuRam>) -> Result<Self, Error> {
-        let uffd = take_userfaultfd(process)?;
-        track::enable(&uffd)?;
-        for mapping in ram.backends.iter().flat_map(|backend| &backend.mappings) {
-            track::register(&uffd, &(mapping.address..mapping.address + mapping.len))?;
-        }
-        let pagemap = File::open(format!("/proc/{}/pagemap", process.pid()))
-            .map_err(Error::io("opening QEMU's page map"))?;
-        Ok(Self { ram, pagemap, uffd })
-    }
-}
-
-impl WriteTracker for QemuTracker {
-    fn collect(&mut self, sink: &mut dyn FnMut(usize, Range<u64>)) -> Result<(), Error> {
-        for (region, backend) in self.ram.backends.iter().enumerate() {
-            for mapping in &backend.mappings {
-                let range = mapping.address..mapping.address + mapping.len;
-                track::scan(&self.pagemap, &range, &mut |found| {
-                    let page =
-                        |address: u64| (address - mapping.address + mapping.offset) / PAGE_SIZE;
-                    sink(region, page(found.start)..page(found.end));
-                })?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// A userfaultfd(2) made inside the process; the descriptor becomes ours alone, so that the kernel ends the tracking
-/// when we end.
-fn take_userfaultfd(process: &Process) -> Result<OwnedFd, Error> {
-    inject::within(process.pid(), |stopped| {
-        let remote = make_userfaultfd(stopped)?;
-        let ours = pidfd_getfd(
-            process.fd(),
-            remote as ForeignRawFd,
-            PidfdGetfdFlags::empty(),
-        );
-        stopped.syscall(libc::SYS_close, u64::from(remote.cast_unsigned()), 0)?;
-        ours.map_err(Error::call("pidfd_getfd"))
-    })
-}
-
-fn make_userfaultfd(stopped: &mut inject::Stopped) -> Result<i32, Error> {
-    const FLAGS: u64 = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64;
-    const USER_MODE_ONLY: u64 = 1;
-    let mut result = stopped.syscall(libc::SYS_userfaultfd, FLAGS, 0)?;
-    if result == -i64::from(libc::EPERM) {
-        // What a QEMU without CAP_SYS_PTRACE may have. Asynchronous protection raises no faults that anybody has to
-        // serve, so that the kernel's own writes are followed with it as well.
-        result = stopped.syscall(libc::SYS_userfaultfd, FLAGS | USER_MODE_ONLY, 0)?;
-    }
-    if let Some(remote) = i32::try_from(result).ok().filter(|fd| *fd >= 0) {
-        return Ok(remote);
-    }
-    let errno = i32::try_from(-result).unwrap_or(libc::EIO);
-    let hint = match errno {
-        libc::EPERM => "; QEMU's sandbox forbids it, or vm.unprivileged_userfaultfd=1 is needed",
-        libc::ENOSYS => "; the kernel is built without CONFIG_USERFAULTFD",
-        _ => "",
-    };
-    let errno = std::io::Error::from_raw_os_error(errno);
-    Err(Error::Injection(format!("userfaultfd: {errno}{hint}")))
 }
 
 #[cfg(test)]

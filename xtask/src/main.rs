@@ -2,15 +2,15 @@
 #![forbid(unsafe_code)]
 
 mod guest;
+mod programs;
 mod setup;
 mod steps;
 mod tidy;
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
-
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use clap::{Parser, Subcommand};
+
+use programs::{root, run};
 
 /// Development tasks of Palanquin
 #[derive(Parser)]
@@ -49,27 +49,6 @@ enum Task {
     },
     /// Remove what a killed run left behind
     CleanRig,
-}
-
-/// Root of the workspace.
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .unwrap_or(Path::new("."))
-        .to_owned()
-}
-
-/// Runs a program in the root of the workspace.
-fn run(program: &str, arguments: &[&str]) -> Result<()> {
-    let status = Command::new(program)
-        .args(arguments)
-        .current_dir(root())
-        .status()
-        .with_context(|| format!("cannot start {program}"))?;
-    if !status.success() {
-        bail!("{program} {} failed ({status})", arguments.join(" "));
-    }
-    Ok(())
 }
 
 fn main() -> Result<()> {

@@ -7,12 +7,15 @@ use anyhow::{Result, bail};
 
 use crate::{guest, root, run, setup, tidy};
 
+/// Something that passes or says why not.
+type Step = fn() -> Result<()>;
+
 /// Version of the licence checker that this repository is checked with.
 const DENY: &str = "0.20.2";
 
 /// All steps; stops at the first that fails, and always says how far it came.
 pub(crate) fn test() -> Result<()> {
-    let steps: [(&str, fn() -> Result<()>); 11] = [
+    let steps: [(&str, Step); 11] = [
         ("install", setup::install),
         ("format", || run("cargo", &["fmt", "--all", "--check"])),
         ("lints", || {

@@ -34,7 +34,7 @@ pub(crate) fn program(name: impl AsRef<OsStr>) -> Command {
 }
 
 /// Runs a command with its output on ours.
-fn visible(command: &mut Command) -> Result<()> {
+pub(crate) fn visible(command: &mut Command) -> Result<()> {
     let status = command
         .status()
         .with_context(|| format!("{} can't be started", shown(command)))?;

@@ -25,23 +25,17 @@ pub(crate) fn fetch(cache: &Path) -> Result<Kernel> {
     if let Ok(kernel) = locate(&unpacked) {
         return Ok(kernel);
     }
-    let package = package(&programs::text(
-        programs::program("apt-cache").args(["depends", META]),
-    )?)
-    .with_context(|| format!("apt knows no {META}; run apt-get update"))?;
-    println!("guest: downloading {package}");
     let download = cache.join("download");
-    remove(&download)?;
-    fs::create_dir_all(&download)?;
-    let mut get = programs::program("apt-get");
-    // apt drops root for a user that may not write here.
-    get.args(["-qq", "-o", "APT::Sandbox::User=root", "download", &package])
-        .current_dir(&download);
-    programs::output(&mut get).context("the kernel can't be downloaded; try apt-get update")?;
-    let archive = fs::read_dir(&download)?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| path.extension().is_some_and(|e| e == "deb"))
-        .with_context(|| format!("apt-get download {package} left no .deb"))?;
+    // Package lists may be absent or name a version that is gone: then they are fetched, once.
+    let archive = match get(&download) {
+        Ok(archive) => archive,
+        Err(why) => {
+            println!("guest: {why:#}; fetching the package lists");
+            programs::run("apt-get", &["update", "-q"])
+                .context("the kernel's package can't be found without package lists")?;
+            get(&download)?
+        }
+    };
 
     // Unpacked beside and renamed: an interrupted run leaves nothing that looks complete.
     let partial = cache.join("kernel.partial");
@@ -56,6 +50,24 @@ pub(crate) fn fetch(cache: &Path) -> Result<Kernel> {
     fs::rename(&partial, &unpacked)?;
     remove(&download)?;
     locate(&unpacked)
+}
+
+/// Downloads the current kernel's package into an empty directory.
+fn get(download: &Path) -> Result<PathBuf> {
+    let depends = programs::text(programs::program("apt-cache").args(["depends", META]))?;
+    let package = package(&depends).with_context(|| format!("apt knows no {META}"))?;
+    println!("guest: downloading {package}");
+    remove(download)?;
+    fs::create_dir_all(download)?;
+    let mut get = programs::program("apt-get");
+    // apt drops root for a user that may not write here.
+    get.args(["-qq", "-o", "APT::Sandbox::User=root", "download", &package])
+        .current_dir(download);
+    programs::output(&mut get).context("the kernel can't be downloaded")?;
+    fs::read_dir(download)?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| path.extension().is_some_and(|e| e == "deb"))
+        .with_context(|| format!("apt-get download {package} left no .deb"))
 }
 
 /// The versioned package among the lines of `apt-cache depends`.

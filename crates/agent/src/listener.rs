@@ -250,18 +250,18 @@ fn answer(agent: &Arc<Agent>, query: &Query, peer: &str) -> Verdict {
             return records(agent)
                 .ok()
                 .flatten()
-                .map_or(Verdict::Undecided, |(_, r)| verdict(&r));
+                .map_or(Verdict::Undecided, |(_, r)| verdict(&r, true));
         }
     }
     match records(agent) {
-        Ok(Some((order, list))) => match verdict(&list) {
+        Ok(Some((order, list))) => match verdict(&list, false) {
             Verdict::Undecided => {
                 // No session decides it any more.
                 match list.last() {
                     Some(DestinationRecord::Reserved(_)) => {
                         recovery::discard(agent, &order);
                         let list = records(agent).ok().flatten();
-                        list.map_or(Verdict::Undecided, |(_, list)| verdict(&list))
+                        list.map_or(Verdict::Undecided, |(_, list)| verdict(&list, false))
                     }
                     _ => Verdict::Undecided,
                 }

@@ -175,6 +175,7 @@ pub struct Destination {
     reason: Option<Reason>,
     blockers: Vec<WireBlocker>,
     refused_in_words: bool,
+    container_gone: bool,
     root: Option<Root>,
 }
 
@@ -197,6 +198,7 @@ impl Destination {
             reason: None,
             blockers: Vec::new(),
             refused_in_words: false,
+            container_gone: false,
             root: None,
         }
     }
@@ -317,6 +319,7 @@ impl Destination {
     /// The container's hypervisor ended by itself.
     pub fn handle_container_gone(&mut self, now: Time) {
         let what = "the container's hypervisor ended on the destination";
+        self.container_gone = true;
         self.discard(now, Reason::new("container-ended", what));
     }
 
@@ -518,6 +521,15 @@ impl Destination {
             {
                 *root = Some(computed);
                 self.ready(now);
+            }
+            (State::Owning(expected), DestinationDone::Done)
+                if *expected == op && self.container_gone =>
+            {
+                // It ended before it was ever told to run: the source's copy is the newest, and a durable
+                // discard gives the VM back, see [`crate::journal::verdict`].
+                let what = "the container's hypervisor ended on the destination before it ran";
+                self.reason = Some(Reason::new("container-ended", what));
+                self.terminate();
             }
             (State::Owning(expected), DestinationDone::Done) if *expected == op => {
                 let op = self.op();

@@ -97,10 +97,11 @@ impl DestinationRecord {
     }
 }
 
-/// What a destination without a session for the migration answers a source in doubt; `records` are its
-/// durable records of that migration, oldest first. A migration that is only reserved has to be discarded
-/// (durably) by the caller before it is answered, and until then counts as undecided.
-pub fn verdict(records: &[DestinationRecord]) -> Verdict {
+/// What a destination answers a source in doubt; `records` are its durable records of that migration, oldest
+/// first. While a session still works on it, ownership is final only once the VM was resumed: until then the
+/// session may find that it can't be, and give it back. Without a session, a migration that is only reserved has
+/// to be discarded (durably) by the caller before it is answered, and until then counts as undecided.
+pub fn verdict(records: &[DestinationRecord], session_at_work: bool) -> Verdict {
     let owned = records.iter().rev().find_map(|record| match record {
         DestinationRecord::Owned(epoch) => Some(*epoch),
         _ => None,
@@ -108,9 +109,10 @@ pub fn verdict(records: &[DestinationRecord]) -> Verdict {
     match (records.last(), owned) {
         // A discard after `Owned` means that the VM could not be resumed here and never ran.
         (Some(DestinationRecord::Discarded(_)), _) => Verdict::Discarded,
-        (_, Some(epoch)) => Verdict::Owned(epoch),
-        (Some(_), None) => Verdict::Undecided,
-        (None, None) => Verdict::Unknown,
+        (Some(DestinationRecord::Activated), Some(epoch)) => Verdict::Owned(epoch),
+        (_, Some(epoch)) if !session_at_work => Verdict::Owned(epoch),
+        (Some(_), _) => Verdict::Undecided,
+        (None, _) => Verdict::Unknown,
     }
 }
 
@@ -124,25 +126,32 @@ mod tests {
         let reserved = DestinationRecord::Reserved(order());
         let owned = DestinationRecord::Owned(Epoch(5));
         let discarded = DestinationRecord::Discarded(Reason::new("x", "y"));
-        assert_eq!(verdict(&[]), Verdict::Unknown);
-        assert_eq!(verdict(std::slice::from_ref(&reserved)), Verdict::Undecided);
+        let decide = |records: &[_]| (verdict(records, true), verdict(records, false));
+        let both = |verdict| (verdict, verdict);
+        let owned_5 = Verdict::Owned(Epoch(5));
+        assert_eq!(decide(&[]), both(Verdict::Unknown));
         assert_eq!(
-            verdict(&[reserved.clone(), owned.clone()]),
-            Verdict::Owned(Epoch(5))
+            decide(std::slice::from_ref(&reserved)),
+            both(Verdict::Undecided)
         );
         assert_eq!(
-            verdict(&[
-                reserved.clone(),
-                owned.clone(),
-                DestinationRecord::Activated
-            ]),
-            Verdict::Owned(Epoch(5))
+            decide(&[reserved.clone(), owned.clone()]),
+            (Verdict::Undecided, owned_5)
+        );
+        let activated = [
+            reserved.clone(),
+            owned.clone(),
+            DestinationRecord::Activated,
+        ];
+        assert_eq!(decide(&activated), both(owned_5));
+        assert_eq!(
+            decide(&[reserved.clone(), discarded.clone()]),
+            both(Verdict::Discarded)
         );
         assert_eq!(
-            verdict(&[reserved.clone(), discarded.clone()]),
-            Verdict::Discarded
+            decide(&[reserved, owned, discarded]),
+            both(Verdict::Discarded)
         );
-        assert_eq!(verdict(&[reserved, owned, discarded]), Verdict::Discarded);
     }
 
     #[test]

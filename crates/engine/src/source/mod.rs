@@ -24,7 +24,7 @@ pub use self::action::{
     AbortDisposition, Ending, Failure, Op, RoundMark, SourceAction, SourceConfig, SourceDone,
     SourcePhase,
 };
-use self::state::{AfterResume, Doubt, Draining, DrainingPages, State};
+use self::state::{AfterResume, Doubt, Draining, DrainingPages, State, Step};
 use crate::ids::{Epoch, Root};
 use crate::journal::{SourceRecord, SourceRecovery};
 use crate::message::{Hello, Message, Offer, Query, Reason, VERSIONS, Verdict, WireBlocker};
@@ -160,6 +160,7 @@ impl Source {
                 | State::Releasing(_)
                 | State::Erasing { .. }
                 | State::Closing(_)
+                | State::Retrying(_)
                 | State::TakingBack(_)
                 | State::Ended
         )
@@ -180,6 +181,7 @@ impl Source {
             State::Releasing(_)
             | State::Erasing { .. }
             | State::Closing(_)
+            | State::Retrying(_)
             | State::TakingBack(_)
             | State::Resuming { .. }
             | State::RecordingAbort { .. } => SourcePhase::Finishing,
@@ -236,6 +238,9 @@ impl Source {
                 self.actions.push_back(SourceAction::Resume(again));
             }
             State::InDoubt(Doubt::Waiting) => self.dial(now),
+            State::Retrying(Step::Release) => self.release(self.commit_epoch()),
+            State::Retrying(Step::Erase) => self.erase(),
+            State::Retrying(Step::Close) => self.close(),
             State::InDoubt(_) => {
                 let reason = Reason::new("peer-silent", "the destination does not answer");
                 self.connection_lost(now, reason);
@@ -519,10 +524,10 @@ impl Source {
                 self.erase();
             }
             (State::Erasing { op: expected }, SourceDone::Done) if *expected == op => {
-                let op = self.journal(SourceRecord::Erased);
-                self.state = State::Closing(op);
+                self.close();
             }
             (State::Closing(expected), SourceDone::Done) if *expected == op => {
+                self.reason = None;
                 self.progress.complete();
                 self.send(now, Message::Erased);
                 self.finish(Ending::Completed);
@@ -578,13 +583,17 @@ impl Source {
                 }
             }
             State::RecordingAbort { op: expected } if *expected == op => self.end_on_source(),
-            // The VM is the destination's; that is durable there. What could not be recorded or removed here
-            // is told and tried again when the agent restarts.
-            State::Releasing(expected) | State::Erasing { op: expected } if *expected == op => {
-                self.reason = Some(failure.reason);
-                self.finish(Ending::Completed);
+            // The VM is the destination's; that is durable there. What can't be recorded or removed here now is
+            // tried again: nothing of the VM may stay behind.
+            State::Releasing(expected) if *expected == op => {
+                self.retry(now, Step::Release, failure.reason);
             }
-            State::Closing(expected) if *expected == op => self.finish(Ending::Completed),
+            State::Erasing { op: expected } if *expected == op => {
+                self.retry(now, Step::Erase, failure.reason);
+            }
+            State::Closing(expected) if *expected == op => {
+                self.retry(now, Step::Close, failure.reason);
+            }
             State::TakingBack(expected) if *expected == op => {
                 self.reason = Some(failure.reason);
                 self.resume(AfterResume::Finish);
@@ -606,6 +615,12 @@ impl Source {
         if matches!(self.state, State::InDoubt(Doubt::Waiting)) {
             self.dial(now);
         }
+    }
+
+    fn retry(&mut self, now: Time, step: Step, reason: Reason) {
+        self.reason = Some(reason);
+        self.deadline = Some(now + Duration::from_secs(1));
+        self.state = State::Retrying(step);
     }
 
     // Small things.

@@ -45,6 +45,8 @@ pub(super) enum State {
         op: Op,
     },
     Closing(Op),
+    /// The step failed; it is tried again at the deadline.
+    Retrying(Step),
     TakingBack(Op),
     Resuming {
         op: Option<Op>,
@@ -91,4 +93,12 @@ pub(super) enum Doubt {
 pub(super) enum AfterResume {
     RecordAbort,
     Finish,
+}
+
+/// A step after the point of no return.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    Release,
+    Erase,
+    Close,
 }

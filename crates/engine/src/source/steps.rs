@@ -329,6 +329,12 @@ impl Source {
         self.actions.push_back(SourceAction::Erase(op));
     }
 
+    pub(super) fn close(&mut self) {
+        self.deadline = None;
+        let op = self.journal(SourceRecord::Erased);
+        self.state = State::Closing(op);
+    }
+
     pub(super) fn take_back(&mut self) {
         self.deadline = None;
         let record = SourceRecord::TakenBack(self.taken_back_epoch());

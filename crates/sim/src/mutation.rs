@@ -1,0 +1,46 @@
+//! Defects that are switched on to see whether the simulation notices them.
+
+/// A defect of the drivers around the engines; the engines themselves stay as they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutation {
+    /// The source resumes its VM when the connection is lost, also after its commit.
+    ResumeOnLostConnection,
+    /// The commit leaves before its record is durable.
+    CommitBeforeDurable,
+    /// The destination resumes before its ownership is durable.
+    RunBeforeOwnedIsDurable,
+    /// The destination says that it discarded while it goes on.
+    ClaimDiscardWithoutDoing,
+    /// A query about a migration that is still decided is answered with "discarded".
+    AnswerUndecidedAsDiscarded,
+    /// A restarted source resumes its VM whatever the journal says.
+    RecoveryIgnoresCommit,
+    /// A restarted destination resumes a container that is only reserved.
+    RecoveryRunsReserved,
+    /// A page of the last ones is not sent, and its digest forgotten.
+    LastPagesNotSent,
+    /// A page of every round is forgotten, and its digest with it.
+    PagesForgotten,
+    /// The source erases as soon as it has committed.
+    EraseAtCommit,
+    /// A restarted destination forgets that it owns the VM and discards it.
+    RecoveryDiscardsOwned,
+    /// The destination forgets its journal when it restarts.
+    JournalLostOnRestart,
+}
+
+/// All of them.
+pub const ALL: [Mutation; 12] = [
+    Mutation::ResumeOnLostConnection,
+    Mutation::CommitBeforeDurable,
+    Mutation::RunBeforeOwnedIsDurable,
+    Mutation::ClaimDiscardWithoutDoing,
+    Mutation::AnswerUndecidedAsDiscarded,
+    Mutation::RecoveryIgnoresCommit,
+    Mutation::RecoveryRunsReserved,
+    Mutation::LastPagesNotSent,
+    Mutation::PagesForgotten,
+    Mutation::EraseAtCommit,
+    Mutation::RecoveryDiscardsOwned,
+    Mutation::JournalLostOnRestart,
+];

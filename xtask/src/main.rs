@@ -84,9 +84,8 @@ fn perform(task: Task) -> Result<()> {
                     "palanquin-lab",
                 ],
             )?;
-            let demo = root().join("target/release/palanquin-demo");
-            let rest: Vec<&str> = rest.iter().map(String::as_str).collect();
-            run(&demo.display().to_string(), &rest)
+            let lab = root().join("target/release/palanquin-lab");
+            programs::visible(programs::program(lab).arg("demo").args(rest))
         }
         Task::Test => steps::test(),
         Task::Setup => setup::install(),
@@ -137,9 +136,9 @@ fn perform(task: Task) -> Result<()> {
                 "-p",
                 "palanquin-lab",
                 "--bin",
-                "palanquin-demo",
+                "palanquin-lab",
                 "--",
-                "--clean",
+                "clean-rig",
             ],
         ),
     }

@@ -9,10 +9,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use palanquin_api::control::{MigrationInfo, VmState};
+use palanquin_api::control::{MigrationInfo, Phase, VmState};
+use uuid::Uuid;
 
 use crate::guest::Console;
-use crate::host::{Host, HostSpec, SHORT, Told};
+use crate::host::{Host, HostSpec, Running, SHORT, Told};
 use crate::network::{self, Namespace, PREFIX, Switch, equip_host};
 use crate::observer::Recording;
 use crate::paths;
@@ -206,6 +207,37 @@ impl Rig {
         }
         self.check_lives_once(vm, to)?;
         Ok(info)
+    }
+
+    /// Starts a migration that takes many seconds, and waits until pages flow.
+    ///
+    /// # Errors
+    ///
+    /// If none do.
+    pub fn begin_slow_migration(
+        &self,
+        vm: &str,
+        from: usize,
+        to: usize,
+    ) -> Result<(Running, Uuid)> {
+        let words = [
+            "migrate",
+            vm,
+            "--to",
+            self.hosts[to].name(),
+            "--bandwidth",
+            "60mbit",
+        ];
+        let running = self.hosts[from].palanquin_started(&words)?;
+        let id = wait::until("pages flow", SHORT, || {
+            let all = self.hosts[from].migrations()?;
+            let flows = |info: &&MigrationInfo| {
+                info.vm == vm && info.phase == Phase::PreCopy && info.pages_sent > 0
+            };
+            Ok(all.iter().find(flows).map(|info| info.id))
+        });
+        let id = id.with_context(|| self.logs())?;
+        Ok((running, id))
     }
 
     /// Waits until the VM runs at this host and nowhere else: as the agents say, as the processes show, and as the

@@ -1,0 +1,242 @@
+//! The destination's agent and its container.
+
+use super::*;
+
+impl World {
+    pub(super) fn streams_open(&mut self) {
+        let now = self.time();
+        if let (Some(destination), Some(op)) = (&mut self.destination, self.expecting.take()) {
+            destination.handle_done(now, op, Ok(DestinationDone::Done));
+        }
+    }
+
+    pub(super) fn crash_destination(&mut self) {
+        if !self.destination_up {
+            return;
+        }
+        self.crashes += 1;
+        // An agent that restarts can't know whether a container that it owns and that is gone ever ran.
+        self.killed |= self.container_killed;
+        self.destination_up = false;
+        self.destination_life += 1;
+        self.destination = None;
+        self.destination_jobs.clear();
+        self.destination_busy = false;
+        self.half_written();
+        self.drop_connection();
+        let delay = self.delay(3000);
+        self.after(delay, Event::RestartDestination);
+    }
+
+    pub(super) fn restart_destination(&mut self) {
+        self.destination_up = true;
+        self.destination_end = 0;
+        if self.is(Mutation::JournalLostOnRestart) {
+            self.destination_records.clear();
+        }
+        match self
+            .destination_records
+            .last()
+            .map(DestinationRecord::recovery)
+        {
+            Some(DestinationRecovery::Discard) if self.is(Mutation::RecoveryRunsReserved) => {
+                if let Some(copy) = &mut self.copies[1] {
+                    copy.run = Run::Running;
+                }
+            }
+            Some(DestinationRecovery::Discard) => self.discard_leftover(),
+            Some(DestinationRecovery::Activate(_)) if self.is(Mutation::RecoveryDiscardsOwned) => {
+                self.discard_leftover();
+            }
+            Some(DestinationRecovery::Activate(_)) => {
+                if let Some(copy) = &mut self.copies[1] {
+                    copy.run = Run::Running;
+                }
+                self.destination_records.push(DestinationRecord::Activated);
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn discard_leftover(&mut self) {
+        self.copies[1] = None;
+        self.destination_records
+            .push(DestinationRecord::Discarded(Reason::new(
+                "restart", "restart",
+            )));
+    }
+
+    pub(super) fn destination_journaled(&mut self, life: u64, op: Op, record: DestinationRecord) {
+        if life != self.destination_life {
+            return;
+        }
+        let now = self.time();
+        let fails = self.now < FAULTS_END && self.random.one_in(150);
+        if !fails {
+            self.destination_records.push(record);
+        }
+        if let Some(destination) = &mut self.destination {
+            let result = if fails {
+                Err(failed(false))
+            } else {
+                Ok(DestinationDone::Done)
+            };
+            destination.handle_done(now, op, result);
+        }
+    }
+
+    pub(super) fn next_destination_job(&mut self) {
+        if !self.destination_busy && !self.destination_jobs.is_empty() {
+            self.destination_busy = true;
+            let delay = self.delay(20);
+            self.after(delay, Event::DestinationVm(self.destination_life));
+        }
+    }
+
+    pub(super) fn destination_job(&mut self) {
+        self.destination_busy = false;
+        let Some(job) = self.destination_jobs.pop_front() else {
+            return;
+        };
+        let now = self.time();
+        let fails = self.now < FAULTS_END && self.random.one_in(120);
+        let alive = self.copies[1].is_some();
+        let (op, result) = match job {
+            ContainerJob::Terminate(op) => {
+                self.copies[1] = None;
+                (op, Ok(DestinationDone::Done))
+            }
+            ContainerJob::Reserve(op) if fails => (op, Err(failed(false))),
+            ContainerJob::Reserve(op) => {
+                let memory = vec![0; PAGES as usize];
+                let dirty = PageSet::empty(&self.layout);
+                self.copies[1] = Some(Copy {
+                    run: Run::Incoming,
+                    memory,
+                    dirty,
+                });
+                self.received_versions = vec![0; PAGES as usize];
+                self.state_arrived = false;
+                (op, Ok(DestinationDone::Done))
+            }
+            ContainerJob::Load(op) | ContainerJob::Activate(op) if fails || !alive => {
+                (op, Err(failed(!alive)))
+            }
+            ContainerJob::Load(op) if !self.state_arrived => {
+                // It follows on the stream: look again.
+                self.destination_jobs.push_front(ContainerJob::Load(op));
+                return self.next_destination_job();
+            }
+            ContainerJob::Load(op) => {
+                if let Some(copy) = &mut self.copies[1] {
+                    copy.run = Run::Paused;
+                }
+                (op, Ok(DestinationDone::Done))
+            }
+            ContainerJob::Activate(op) => {
+                if let Some(copy) = &mut self.copies[1] {
+                    copy.run = Run::Running;
+                    if self.paused_memory.as_ref() != Some(&copy.memory) {
+                        // Found by the final check as a second running copy never is: say it here.
+                        self.corrupt = true;
+                    }
+                }
+                (op, Ok(DestinationDone::Done))
+            }
+        };
+        if let Some(destination) = &mut self.destination {
+            destination.handle_done(now, op, result);
+        }
+        self.next_destination_job();
+    }
+
+    pub(super) fn pump_destination(&mut self) {
+        while let Some(action) = self.destination.as_mut().and_then(Destination::poll_action) {
+            if self.tracing {
+                let text = format!("{action:?}");
+                self.trace
+                    .push(format!("{:>9} us    destination: {:.160}", self.now, text));
+            }
+            self.destination_action(action);
+        }
+        if let Some(at) = self
+            .destination
+            .as_ref()
+            .and_then(Destination::poll_timeout)
+        {
+            let at = at.as_micros().max(self.now);
+            if at < self.destination_timer {
+                self.destination_timer = at;
+                self.after(at - self.now, Event::DestinationTimer);
+            }
+        }
+    }
+
+    pub(super) fn destination_action(&mut self, action: DestinationAction) {
+        let life = self.destination_life;
+        let now = self.time();
+        match action {
+            DestinationAction::Send(message) => {
+                if self.session_connection == self.destination_end {
+                    self.send_to_source(message);
+                }
+            }
+            DestinationAction::ConsultLedger(_) => {
+                let ledger = Ledger {
+                    host: "b".to_owned(),
+                    peer: "a".to_owned(),
+                    unix_s: 1,
+                    migration_seen: !self.destination_records.is_empty(),
+                    vm_present: self.copies[1].is_some(),
+                    ..Ledger::default()
+                };
+                if let Some(destination) = &mut self.destination {
+                    destination.handle_ledger(now, &ledger);
+                }
+            }
+            DestinationAction::Journal(op, record) => {
+                let owned = matches!(record, DestinationRecord::Owned(_));
+                if owned
+                    && self.is(Mutation::RunBeforeOwnedIsDurable)
+                    && let Some(copy) = &mut self.copies[1]
+                {
+                    copy.run = Run::Running;
+                }
+                if owned && self.is(Mutation::ClaimDiscardWithoutDoing) {
+                    self.send_to_source(Message::Discarded(Reason::new("x", "x")));
+                }
+                let delay = self.disk_delay();
+                self.after(delay, Event::DestinationJournal(life, op, record));
+            }
+            DestinationAction::Reserve(op, _) => {
+                self.destination_jobs.push_back(ContainerJob::Reserve(op));
+            }
+            DestinationAction::ExpectStreams { op, .. } => self.expecting = Some(op),
+            DestinationAction::LoadDeviceState(op, _) => {
+                self.destination_jobs.push_back(ContainerJob::Load(op));
+            }
+            DestinationAction::ComputeRoot(op) => {
+                let root = root(&self.received_versions);
+                if let Some(destination) = &mut self.destination {
+                    destination.handle_done(now, op, Ok(DestinationDone::Root(root)));
+                }
+            }
+            DestinationAction::Activate(op) => {
+                self.destination_jobs.push_back(ContainerJob::Activate(op));
+            }
+            DestinationAction::Terminate(op) => {
+                self.destination_jobs.push_back(ContainerJob::Terminate(op));
+            }
+            DestinationAction::Finish(ending) => {
+                if let DestinationEnding::Owned = ending
+                    && let Some(copy) = &mut self.copies[1]
+                    && copy.run != Run::Running
+                {
+                    self.corrupt = true;
+                }
+                self.destination = None;
+            }
+        }
+        self.next_destination_job();
+    }
+}

@@ -1,0 +1,597 @@
+//! The world of one seed.
+
+mod destination_host;
+mod source_host;
+mod wire;
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+use std::time::Duration;
+
+use palanquin_engine::convergence::Limits;
+use palanquin_engine::destination::{
+    DestinationAction, DestinationConfig, DestinationDone, DestinationEnding,
+};
+use palanquin_engine::ids::{Sha256, StreamSecret};
+use palanquin_engine::journal::{DestinationRecovery, verdict};
+use palanquin_engine::message::{HelloReply, Offer, Reason, Verdict};
+use palanquin_engine::order::Ledger;
+use palanquin_engine::source::{
+    Ending, Failure, Op, RoundMark, SourceAction, SourceConfig, SourceDone,
+};
+use palanquin_engine::time::Timing;
+use palanquin_engine::{
+    Destination, DestinationRecord, Epoch, Message, MigrationId, Order, PageSet, RamLayout, Root,
+    Source, SourceRecord, Time, VmId,
+};
+
+use crate::mutation::Mutation;
+use crate::random::Random;
+
+const PAGES: u64 = 40;
+/// Faults happen before this time (microseconds); then everything is well.
+const FAULTS_END: u64 = 20_000_000;
+/// By this time everything must have ended.
+const HORIZON: u64 = 400_000_000;
+const MS: u64 = 1000;
+
+/// How a seed ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The VM runs on the destination.
+    Completed,
+    /// The VM runs on the source, which never committed.
+    TurnedBack,
+    /// The VM runs on the source, which had committed.
+    TakenBack,
+    /// The simulation killed the VM's hypervisor.
+    VmKilled,
+}
+
+/// What is told about a seed.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Whether the source was in doubt on the way.
+    pub doubted: bool,
+    /// Agents that crashed.
+    pub crashes: u32,
+    /// Virtual time in microseconds.
+    pub time_us: u64,
+    /// One line for each event, where asked for.
+    pub trace: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Run {
+    Running,
+    Paused,
+    Incoming,
+}
+
+#[derive(Clone, Debug)]
+struct Copy {
+    run: Run,
+    memory: Vec<u64>,
+    dirty: PageSet,
+}
+
+#[derive(Clone, Debug)]
+enum Event {
+    SourceTimer,
+    DestinationTimer,
+    Connected(u32, bool),
+    ToSource(u32, Message),
+    ToDestination(u32, Message),
+    SourceLost(u32),
+    DestinationLost(u32),
+    Pages(u32, Vec<(u64, u64)>),
+    RoundEnd(u32, u32, bool),
+    State(u32),
+    SourceJournal(u64, Op, SourceRecord),
+    DestinationJournal(u64, Op, DestinationRecord),
+    SourceDone(u64, Op, Result<SourceDone, bool>),
+    SourceVm(u64),
+    DestinationVm(u64),
+    GuestWrites,
+    Cut,
+    Blackhole,
+    Heal,
+    CrashSource,
+    CrashDestination,
+    RestartSource,
+    RestartDestination,
+    Abort,
+    KillVm(usize),
+}
+
+#[derive(Clone, Copy, Debug)]
+enum VmJob {
+    Pause(Op),
+    Save(Op),
+    Resume(Op),
+    Erase(Op),
+}
+
+#[derive(Clone, Copy, Debug)]
+enum ContainerJob {
+    Reserve(Op),
+    Load(Op),
+    Activate(Op),
+    Terminate(Op),
+}
+
+struct World {
+    now: u64,
+    random: Random,
+    queue: BinaryHeap<Reverse<(u64, u64)>>,
+    events: Vec<Option<Event>>,
+    mutation: Option<Mutation>,
+    layout: RamLayout,
+    order: Order,
+    copies: [Option<Copy>; 2],
+    killed: bool,
+    // Source agent.
+    source: Option<Source>,
+    source_life: u64,
+    source_up: bool,
+    source_records: Vec<SourceRecord>,
+    source_jobs: VecDeque<VmJob>,
+    source_busy: bool,
+    source_timer: u64,
+    sent_versions: Vec<u64>,
+    ending: Option<Ending>,
+    // Destination agent.
+    destination: Option<Destination>,
+    destination_life: u64,
+    destination_up: bool,
+    destination_records: Vec<DestinationRecord>,
+    destination_jobs: VecDeque<ContainerJob>,
+    destination_busy: bool,
+    destination_timer: u64,
+    received_versions: Vec<u64>,
+    state_arrived: bool,
+    expecting: Option<Op>,
+    corrupt: bool,
+    container_killed: bool,
+    // Wire.
+    connection: u32,
+    source_end: u32,
+    destination_end: u32,
+    session_connection: u32,
+    black: bool,
+    wire_free: u64,
+    back_free: u64,
+    // What happened.
+    doubted: bool,
+    crashes: u32,
+    aborted_early: bool,
+    paused_memory: Option<Vec<u64>>,
+    tracing: bool,
+    trace: Vec<String>,
+}
+
+/// Plays one seed. The error says which law broke.
+///
+/// # Errors
+///
+/// A law broke; the text has the seed's last events.
+pub fn simulate(seed: u64, mutation: Option<Mutation>, tracing: bool) -> Result<Report, String> {
+    let mut world = World::new(seed, mutation, tracing);
+    world.begin();
+    let result = world.play();
+    let report = Report {
+        outcome: world.outcome(),
+        doubted: world.doubted,
+        crashes: world.crashes,
+        time_us: world.now,
+        trace: std::mem::take(&mut world.trace),
+    };
+    match result {
+        Ok(()) => Ok(report),
+        Err(law) => Err(format!("seed {seed}: {law}\n{}", report.trace.join("\n"))),
+    }
+}
+
+impl World {
+    fn new(seed: u64, mutation: Option<Mutation>, tracing: bool) -> Self {
+        // Bounds are constants that are known to be good.
+        let layout = RamLayout::new(vec![PAGES]).unwrap_or_else(|_| unreachable!("layout"));
+        let order = Order {
+            migration: MigrationId([1; 16]),
+            vm: VmId([2; 16]),
+            vm_name: "vm".to_owned(),
+            epoch: Epoch(1),
+            source: "a".to_owned(),
+            destination: "b".to_owned(),
+            expires_unix_s: 100,
+            run: true,
+        };
+        let running = Copy {
+            run: Run::Running,
+            memory: (1..=PAGES).collect(),
+            dirty: PageSet::empty(&layout),
+        };
+        Self {
+            now: 0,
+            random: Random::new(seed),
+            queue: BinaryHeap::new(),
+            events: Vec::new(),
+            mutation,
+            layout,
+            order,
+            copies: [Some(running), None],
+            killed: false,
+            source: None,
+            source_life: 1,
+            source_up: true,
+            source_records: Vec::new(),
+            source_jobs: VecDeque::new(),
+            source_busy: false,
+            source_timer: u64::MAX,
+            sent_versions: vec![0; PAGES as usize],
+            ending: None,
+            destination: None,
+            destination_life: 1,
+            destination_up: true,
+            destination_records: Vec::new(),
+            destination_jobs: VecDeque::new(),
+            destination_busy: false,
+            destination_timer: u64::MAX,
+            received_versions: vec![0; PAGES as usize],
+            state_arrived: false,
+            expecting: None,
+            corrupt: false,
+            container_killed: false,
+            connection: 0,
+            source_end: 0,
+            destination_end: 0,
+            session_connection: 0,
+            black: false,
+            wire_free: 0,
+            back_free: 0,
+            doubted: false,
+            crashes: 0,
+            aborted_early: false,
+            paused_memory: None,
+            tracing,
+            trace: Vec::new(),
+        }
+    }
+
+    fn is(&self, mutation: Mutation) -> bool {
+        self.mutation == Some(mutation)
+    }
+
+    fn time(&self) -> Time {
+        Time::from_micros(self.now)
+    }
+
+    fn after(&mut self, delay: u64, event: Event) {
+        let index = self.events.len() as u64;
+        self.events.push(Some(event));
+        self.queue.push(Reverse((self.now + delay, index)));
+    }
+
+    fn delay(&mut self, up_to_ms: u64) -> u64 {
+        50 + self.random.below(up_to_ms * MS)
+    }
+
+    /// A disk is quick, but for the times when it is not.
+    fn disk_delay(&mut self) -> u64 {
+        if self.random.one_in(12) {
+            self.delay(3000)
+        } else {
+            self.delay(5)
+        }
+    }
+
+    fn timing() -> Timing {
+        Timing {
+            silence: Duration::from_secs(3),
+            ..Timing::default()
+        }
+    }
+
+    fn config(&self) -> SourceConfig {
+        SourceConfig {
+            order: self.order.clone(),
+            limits: Limits {
+                max_rounds: 8,
+                ..Limits::default()
+            },
+            timing: Self::timing(),
+            software: "sim".to_owned(),
+        }
+    }
+
+    fn begin(&mut self) {
+        let offer = Offer {
+            order: self.order.clone(),
+            descriptor: Vec::new(),
+            region_pages: vec![PAGES],
+            streams: 2,
+            digest_seed: 0,
+        };
+        self.source = Some(Source::new(self.time(), self.config(), offer));
+        self.after(0, Event::GuestWrites);
+        let faults = self.random.below(5);
+        for _ in 0..faults {
+            // Most migrations of this size are over within 300 ms of virtual time.
+            let at = if self.random.one_in(4) {
+                FAULTS_END
+            } else {
+                400 * MS
+            };
+            let at = self.random.below(at);
+            let event = match self.random.below(9) {
+                0 | 1 => Event::Cut,
+                2 => Event::Blackhole,
+                3 | 4 => Event::CrashSource,
+                5 | 6 => Event::CrashDestination,
+                7 => Event::Abort,
+                _ if self.random.one_in(3) => Event::KillVm(self.random.below(2) as usize),
+                _ => Event::Cut,
+            };
+            self.after(at, event);
+        }
+        self.after(FAULTS_END, Event::Heal);
+    }
+
+    fn play(&mut self) -> Result<(), String> {
+        self.pump();
+        while let Some(Reverse((at, index))) = self.queue.pop() {
+            if at > HORIZON {
+                break;
+            }
+            self.now = at;
+            let Some(event) = self.events.get_mut(index as usize).and_then(Option::take) else {
+                continue;
+            };
+            if self.tracing && !matches!(event, Event::GuestWrites) {
+                self.trace.push(format!("{:>9} us  {event:?}", self.now));
+            }
+            self.handle(event)?;
+            self.pump();
+            self.check()?;
+            if self.now > FAULTS_END && self.settled() {
+                break;
+            }
+        }
+        self.check_end()
+    }
+
+    fn settled(&self) -> bool {
+        self.source.is_none()
+            && self.destination.is_none()
+            && self.source_up
+            && self.destination_up
+            && !self.destination_busy
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let running = self
+            .copies
+            .iter()
+            .flatten()
+            .filter(|copy| copy.run == Run::Running)
+            .count();
+        if running > 1 {
+            return Err("both copies run".to_owned());
+        }
+        if self.corrupt && !self.killed {
+            return Err(
+                "the destination's VM does not have the memory of the source at its pause"
+                    .to_owned(),
+            );
+        }
+        if !self.killed
+            && self
+                .copies
+                .iter()
+                .flatten()
+                .all(|copy| copy.run == Run::Incoming)
+        {
+            return Err("no copy is left that could run".to_owned());
+        }
+        Ok(())
+    }
+
+    fn check_end(&self) -> Result<(), String> {
+        if !self.settled() {
+            return Err(format!(
+                "it did not end: source {:?}, destination {:?}",
+                self.source.as_ref().map(Source::phase),
+                self.destination.as_ref().map(Destination::phase)
+            ));
+        }
+        if self.killed {
+            return Ok(());
+        }
+        let [source, destination] = &self.copies;
+        match (source, destination) {
+            (Some(copy), None) | (None, Some(copy)) if copy.run == Run::Running => {}
+            _ => {
+                let state = |copy: &Option<Copy>| copy.as_ref().map(|copy| copy.run);
+                return Err(format!(
+                    "at the end there must be one running copy: {:?} {:?}",
+                    state(source),
+                    state(destination)
+                ));
+            }
+        }
+        if destination.is_some() && self.aborted_early {
+            return Err("an abort was promised and the VM moved all the same".to_owned());
+        }
+        Ok(())
+    }
+
+    fn outcome(&self) -> Outcome {
+        let committed = |r: &SourceRecord| matches!(r, SourceRecord::Committed(_));
+        if self.killed {
+            Outcome::VmKilled
+        } else if self.copies[1].is_some() {
+            Outcome::Completed
+        } else if self.source_records.iter().any(committed) {
+            Outcome::TakenBack
+        } else {
+            Outcome::TurnedBack
+        }
+    }
+
+    // Events.
+
+    fn handle(&mut self, event: Event) -> Result<(), String> {
+        let now = self.time();
+        match event {
+            Event::SourceTimer => {
+                self.source_timer = u64::MAX;
+                if let Some(source) = &mut self.source {
+                    source.handle_timeout(now);
+                }
+            }
+            Event::DestinationTimer => {
+                self.destination_timer = u64::MAX;
+                if let Some(destination) = &mut self.destination {
+                    destination.handle_timeout(now);
+                }
+            }
+            Event::Connected(attempt, works) => self.connected(attempt, works),
+            Event::ToSource(connection, message) => {
+                if connection == self.source_end && self.source_up {
+                    self.source_receives(connection, message);
+                }
+            }
+            Event::ToDestination(connection, message) => {
+                if connection == self.destination_end && self.destination_up {
+                    self.destination_receives(connection, message);
+                }
+            }
+            Event::SourceLost(connection) if connection == self.source_end => {
+                self.source_end = 0;
+                self.source_lost();
+            }
+            Event::DestinationLost(connection) if connection == self.destination_end => {
+                self.destination_end = 0;
+                self.destination_lost(connection);
+            }
+            Event::SourceLost(_) | Event::DestinationLost(_) => {}
+            Event::Pages(connection, pages) => self.pages(connection, &pages),
+            Event::RoundEnd(connection, round, last) => {
+                if connection == self.session_connection
+                    && let Some(destination) = &mut self.destination
+                {
+                    destination.handle_round(now, round, last);
+                }
+            }
+            Event::State(connection) => {
+                self.state_arrived |= connection == self.session_connection;
+            }
+            Event::SourceJournal(life, op, record) => self.source_journaled(life, op, record),
+            Event::DestinationJournal(life, op, record) => {
+                self.destination_journaled(life, op, record);
+            }
+            Event::SourceDone(life, op, result) => {
+                if life == self.source_life
+                    && let Some(source) = &mut self.source
+                {
+                    let result = result.map_err(failed);
+                    source.handle_done(now, op, result);
+                }
+            }
+            Event::SourceVm(life) => {
+                if life == self.source_life {
+                    self.source_job()?;
+                }
+            }
+            Event::DestinationVm(life) => {
+                if life == self.destination_life {
+                    self.destination_job();
+                }
+            }
+            Event::GuestWrites => self.guest_writes(),
+            Event::Cut => self.cut(),
+            Event::Blackhole => self.black = true,
+            Event::Heal => self.black = false,
+            Event::CrashSource => self.crash_source(),
+            Event::CrashDestination => self.crash_destination(),
+            Event::RestartSource => self.restart_source(),
+            Event::RestartDestination => self.restart_destination(),
+            Event::Abort => {
+                if let Some(source) = &mut self.source {
+                    let early = source.may_turn_back();
+                    source.handle_abort(now, Reason::new("operator", "aborted"));
+                    self.aborted_early |= early;
+                }
+            }
+            Event::KillVm(host) => self.kill_vm(host),
+        }
+        Ok(())
+    }
+
+    fn guest_writes(&mut self) {
+        for host in 0..2 {
+            let page = self.random.below(PAGES);
+            if let Some(copy) = &mut self.copies[host]
+                && copy.run == Run::Running
+            {
+                copy.memory[page as usize] += 1000;
+                copy.dirty.insert(0, page..page + 1);
+            }
+        }
+        if self.now < FAULTS_END {
+            let delay = self.delay(6);
+            self.after(delay, Event::GuestWrites);
+        }
+    }
+
+    fn kill_vm(&mut self, host: usize) {
+        let Some(copy) = self.copies[host].take() else {
+            return;
+        };
+        let now = self.time();
+        // A container that is not owned may die without anybody losing anything.
+        let owned = self
+            .destination_records
+            .iter()
+            .any(|r| matches!(r, DestinationRecord::Owned(_)));
+        self.killed |= host == 0 || owned || copy.run == Run::Running;
+        self.container_killed |= host == 1;
+        if host == 0
+            && let Some(source) = &mut self.source
+        {
+            source.handle_vm_gone(now);
+        }
+        if host == 1
+            && let Some(destination) = &mut self.destination
+        {
+            destination.handle_container_gone(now);
+        }
+    }
+
+    fn pump(&mut self) {
+        self.pump_source();
+        self.pump_destination();
+        self.pump_source();
+    }
+}
+
+fn failed(vm_gone: bool) -> Failure {
+    Failure {
+        reason: Reason::new("injected", "the simulation made it fail"),
+        vm_gone,
+    }
+}
+
+/// Stands for the root over all page digests.
+fn root(versions: &[u64]) -> Root {
+    let mut root = [0; 32];
+    for (index, version) in (0_u64..).zip(versions) {
+        let mut random = Random::new(version.wrapping_mul(PAGES).wrapping_add(index));
+        for byte in &mut root {
+            *byte ^= random.number() as u8;
+        }
+    }
+    Root(root)
+}

@@ -1,0 +1,196 @@
+//! Connections that are cut, delayed and swallowed.
+
+use super::*;
+
+impl World {
+    pub(super) fn cut(&mut self) {
+        let (source, destination) = (self.source_end, self.destination_end);
+        self.connection += 1;
+        let (one, other) = (self.delay(30), self.delay(30));
+        self.after(one, Event::SourceLost(source));
+        self.after(other, Event::DestinationLost(destination));
+        // What is on its way is lost too.
+        self.lose_in_flight();
+    }
+
+    pub(super) fn lose_in_flight(&mut self) {
+        for event in self.events.iter_mut().rev().take(64) {
+            let in_flight = matches!(
+                event,
+                Some(
+                    Event::ToSource(..)
+                        | Event::ToDestination(..)
+                        | Event::Pages(..)
+                        | Event::RoundEnd(..)
+                        | Event::State(_)
+                )
+            );
+            if in_flight {
+                *event = None;
+            }
+        }
+    }
+
+    pub(super) fn connect(&mut self, attempt: u32) {
+        let works = self.destination_up && !self.black && !self.random.one_in(25);
+        let delay = self.delay(20);
+        self.after(delay, Event::Connected(attempt, works));
+    }
+
+    pub(super) fn connected(&mut self, attempt: u32, works: bool) {
+        if !self.source_up {
+            return;
+        }
+        let now = self.time();
+        let works = works && self.destination_up;
+        if works {
+            // The destination's end of an older connection may not know yet.
+            let old = self.destination_end;
+            self.connection += 1;
+            self.source_end = self.connection;
+            if old != 0 && old == self.session_connection {
+                let delay = self.delay(2000);
+                self.after(delay, Event::DestinationLost(old));
+            }
+            self.destination_end = self.connection;
+            self.wire_free = self.now;
+            self.back_free = self.now;
+        }
+        if let Some(source) = &mut self.source {
+            if works {
+                source.handle_connected(now, attempt);
+            } else {
+                let reason = Reason::new("unreachable", "no connection");
+                source.handle_connection_lost(now, attempt, reason);
+            }
+        }
+    }
+
+    pub(super) fn put_on_wire(&mut self, event: Event, back: bool) {
+        if self.black {
+            return;
+        }
+        let delay = self.delay(8);
+        let free = if back {
+            &mut self.back_free
+        } else {
+            &mut self.wire_free
+        };
+        // In order, as TCP delivers.
+        let at = (*free).max(self.now + delay) + 1;
+        *free = at;
+        self.after(at - self.now, event);
+    }
+
+    pub(super) fn send_to_destination(&mut self, message: Message) {
+        if self.source_end != 0 {
+            self.put_on_wire(Event::ToDestination(self.source_end, message), false);
+        }
+    }
+
+    pub(super) fn send_to_source(&mut self, message: Message) {
+        if self.destination_end != 0 {
+            self.put_on_wire(Event::ToSource(self.destination_end, message), true);
+        }
+    }
+
+    pub(super) fn source_lost(&mut self) {
+        let now = self.time();
+        if self.is(Mutation::ResumeOnLostConnection)
+            && let Some(copy) = &mut self.copies[0]
+        {
+            copy.run = Run::Running;
+        }
+        // The driver names the newest attempt; an older one is ignored by the engine.
+        if let Some(source) = &mut self.source {
+            for attempt in 0..64 {
+                source.handle_connection_lost(now, attempt, Reason::new("connection-lost", "cut"));
+            }
+        }
+    }
+
+    pub(super) fn destination_lost(&mut self, connection: u32) {
+        let now = self.time();
+        if connection == self.session_connection
+            && let Some(destination) = &mut self.destination
+        {
+            destination.handle_connection_lost(now, Reason::new("connection-lost", "cut"));
+        }
+    }
+
+    pub(super) fn source_receives(&mut self, _connection: u32, message: Message) {
+        let now = self.time();
+        if let Some(source) = &mut self.source {
+            for attempt in 0..64 {
+                source.handle_message(now, attempt, message.clone());
+            }
+        }
+    }
+
+    pub(super) fn destination_receives(&mut self, connection: u32, message: Message) {
+        let now = self.time();
+        match message {
+            Message::Hello(hello) => {
+                self.send_to_source(Message::HelloReply(HelloReply::to(&hello, "sim")));
+            }
+            Message::Query(_) => self.query(),
+            Message::Offer(offer) => {
+                let mut engine = Destination::new(
+                    now,
+                    DestinationConfig {
+                        timing: Self::timing(),
+                        software: "sim".to_owned(),
+                        stream_secret: StreamSecret([0; 32]),
+                        streams_max: 2,
+                        device_state_max: 1 << 20,
+                    },
+                );
+                engine.handle_message(
+                    now,
+                    Message::Hello(palanquin_engine::message::Hello::ours("sim")),
+                );
+                while engine.poll_action().is_some() {}
+                engine.handle_message(now, Message::Offer(offer));
+                self.session_connection = connection;
+                self.destination = Some(engine);
+            }
+            other if connection == self.session_connection => {
+                if let Some(destination) = &mut self.destination {
+                    destination.handle_message(now, other);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn query(&mut self) {
+        let now = self.time();
+        if let Some(destination) = &mut self.destination {
+            destination.handle_query(now);
+            self.pump_destination();
+        }
+        let answer = match verdict(&self.destination_records, self.destination.is_some()) {
+            Verdict::Undecided if self.is(Mutation::AnswerUndecidedAsDiscarded) => {
+                Verdict::Discarded
+            }
+            Verdict::Undecided if self.destination.is_none() && !self.destination_busy => {
+                self.discard_leftover();
+                verdict(&self.destination_records, false)
+            }
+            other => other,
+        };
+        self.send_to_source(Message::Verdict(answer));
+    }
+
+    pub(super) fn pages(&mut self, connection: u32, pages: &[(u64, u64)]) {
+        if connection != self.session_connection || self.destination.is_none() {
+            return;
+        }
+        if let Some(copy) = &mut self.copies[1] {
+            for &(page, version) in pages {
+                copy.memory[page as usize] = version;
+                self.received_versions[page as usize] = version;
+            }
+        }
+    }
+}

@@ -16,8 +16,7 @@ use palanquin_engine::destination::{
     Destination, DestinationAction, DestinationDone, DestinationEnding, DestinationPhase, Op,
 };
 use palanquin_engine::ids::StreamSecret;
-use palanquin_engine::message::Reason;
-use palanquin_engine::order::Order;
+use palanquin_engine::message::{Offer, Reason};
 use palanquin_engine::pages::RamLayout;
 use palanquin_engine::source::Failure;
 use palanquin_engine::{DestinationRecord, Message, Time};
@@ -99,14 +98,13 @@ impl DestinationSession {
     pub fn new(
         agent: &Arc<Agent>,
         engine: Destination,
-        order: &Order,
+        offer: &Offer,
         secret: StreamSecret,
-        digest_seed: u64,
         channel: &Arc<Channel>,
         tracked: &Arc<Tracked>,
         sender: Sender<DestinationEvent>,
     ) -> std::io::Result<Self> {
-        let worker = ContainerWorker::start(agent, order, sender.clone())?;
+        let worker = ContainerWorker::start(agent, &offer.order, sender.clone())?;
         Ok(Self {
             agent: Arc::clone(agent),
             engine,
@@ -115,7 +113,7 @@ impl DestinationSession {
             sender,
             worker,
             secret,
-            digest_seed,
+            digest_seed: offer.digest_seed,
             ended: Arc::new(AtomicBool::new(false)),
             expected: None,
             vm: None,

@@ -267,10 +267,10 @@ impl axum::serve::Listener for Door {
                         _ if !self.guarded => return (stream, address),
                         Ok(uid) if uid == 0 || uid == own => return (stream, address),
                         Ok(uid) => {
-                            tracing::warn!(uid, "a user who may not control was turned away")
+                            tracing::warn!(uid, "a user who may not control was turned away");
                         }
                         Err(problem) => {
-                            tracing::warn!(%problem, "a user without credentials was turned away")
+                            tracing::warn!(%problem, "a user without credentials was turned away");
                         }
                     }
                 }

@@ -338,9 +338,8 @@ fn arrive(
     let session = DestinationSession::new(
         agent,
         engine,
-        &order,
+        &offer,
         secret,
-        offer.digest_seed,
         channel,
         &tracked,
         sender.clone(),

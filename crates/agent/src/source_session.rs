@@ -621,6 +621,10 @@ impl SourceSession {
 }
 
 /// Opens an authenticated connection to a host of the configuration.
+///
+/// # Errors
+///
+/// It is not known, can't be reached, or identities don't fit.
 pub fn dial(agent: &Agent, host: &str, data: bool) -> Result<Authenticated, Reason> {
     let Some(address) = agent.address_of(host) else {
         return Err(Reason::new(

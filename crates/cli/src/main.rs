@@ -305,7 +305,7 @@ fn show<T: serde::Serialize>(value: &T, text: impl FnOnce(&T) -> String, json: b
     if json {
         render::say_line(&to_json(value));
     } else {
-        render::say(&format!("{}", text(value)));
+        render::say(&text(value));
     }
 }
 

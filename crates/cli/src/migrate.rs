@@ -198,7 +198,7 @@ pub(crate) fn ended(info: &MigrationInfo, json: bool) -> Result<(), Failure> {
     match info.outcome {
         Some(Outcome::Completed) => {
             if !json {
-                render::say(&format!("{}", render::summary(info)));
+                render::say(&render::summary(info));
                 if let Some(reason) = &info.reason {
                     eprintln!("warning: {reason}");
                 }

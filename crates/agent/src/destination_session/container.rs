@@ -86,6 +86,10 @@ pub fn wire_blocker(obstacle: &Obstacle) -> WireBlocker {
 }
 
 /// Reads the description of a hypervisor and checks that it agrees with the layout on offer.
+///
+/// # Errors
+///
+/// It can't be read, or its memory is another.
 pub fn descriptor_of(offer: &Offer) -> Result<Descriptor, WireBlocker> {
     let odd = |message: String| WireBlocker {
         code: "descriptor".to_owned(),

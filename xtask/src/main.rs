@@ -2,15 +2,17 @@
 #![forbid(unsafe_code)]
 
 mod guest;
+mod programs;
 mod setup;
 mod steps;
 mod tidy;
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use clap::{Parser, Subcommand};
+
+use programs::{root, run};
 
 /// Development tasks of Palanquin
 #[derive(Parser)]
@@ -51,32 +53,11 @@ enum Task {
     CleanRig,
 }
 
-/// Root of the workspace.
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .unwrap_or(Path::new("."))
-        .to_owned()
-}
-
-/// Runs a program in the root of the workspace.
-fn run(program: &str, arguments: &[&str]) -> Result<()> {
-    let status = Command::new(program)
-        .args(arguments)
-        .current_dir(root())
-        .status()
-        .with_context(|| format!("cannot start {program}"))?;
-    if !status.success() {
-        bail!("{program} {} failed ({status})", arguments.join(" "));
-    }
-    Ok(())
-}
-
 fn main() -> ExitCode {
     match perform(Cli::parse().task) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
+        Err(why) => {
+            eprintln!("error: {why:#}");
             ExitCode::FAILURE
         }
     }
@@ -103,9 +84,8 @@ fn perform(task: Task) -> Result<()> {
                     "palanquin-lab",
                 ],
             )?;
-            let demo = root().join("target/release/palanquin-demo");
-            let rest: Vec<&str> = rest.iter().map(String::as_str).collect();
-            run(&demo.display().to_string(), &rest)
+            let lab = root().join("target/release/palanquin-lab");
+            programs::visible(programs::program(lab).arg("demo").args(rest))
         }
         Task::Test => steps::test(),
         Task::Setup => setup::install(),
@@ -156,9 +136,9 @@ fn perform(task: Task) -> Result<()> {
                 "-p",
                 "palanquin-lab",
                 "--bin",
-                "palanquin-demo",
+                "palanquin-lab",
                 "--",
-                "--clean",
+                "clean-rig",
             ],
         ),
     }

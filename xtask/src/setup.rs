@@ -5,19 +5,19 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 
-use crate::run;
+use crate::{programs, run};
 
-/// (file that shows it is there, Debian package)
-const NEEDED: [(&str, &str); 9] = [
+/// A file that shows that a package is there, and the package.
+const NEEDED: [(&str, &str); 8] = [
+    ("/usr/bin/cc", "build-essential"),
     ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
     ("/usr/sbin/ip", "iproute2"),
-    ("/bin/busybox", "busybox-static"),
-    ("/usr/bin/cpio", "cpio"),
+    ("/usr/bin/ping", "iputils-ping"),
     ("/usr/bin/nasm", "nasm"),
     ("/usr/bin/tcpdump", "tcpdump"),
-    ("/usr/bin/ping", "iputils-ping"),
-    ("/usr/bin/gcc", "gcc"),
     ("/usr/bin/xz", "xz-utils"),
+    // The dynamic busybox owns the same program, but doesn't run in an initial RAM disk.
+    ("/var/lib/dpkg/info/busybox-static.list", "busybox-static"),
 ];
 
 /// Whether we are root.
@@ -36,13 +36,7 @@ pub(crate) fn require_root(why: &str) -> Result<()> {
 
 /// Installs what is missing.
 pub(crate) fn install() -> Result<()> {
-    let there =
-        |file: &str| Path::new(file).exists() || Path::new(&file.replace("/usr/", "/")).exists();
-    let missing: Vec<&str> = NEEDED
-        .iter()
-        .filter(|(file, _)| !there(file))
-        .map(|(_, package)| *package)
-        .collect();
+    let missing = missing(|file| Path::new(file).exists());
     if missing.is_empty() {
         return Ok(());
     }
@@ -50,9 +44,44 @@ pub(crate) fn install() -> Result<()> {
         "these packages are missing and have to be installed: {}",
         missing.join(" ")
     ))?;
-    println!("installing {}", missing.join(" "));
+    if !Path::new("/usr/bin/apt-get").exists() {
+        bail!(
+            "this is no Debian: install what these packages of Debian hold: {}",
+            missing.join(" ")
+        );
+    }
+    println!("setup: installing {}", missing.join(" "));
     run("apt-get", &["update", "-q"])?;
-    let mut arguments = vec!["install", "-q", "-y", "--no-install-recommends"];
-    arguments.extend(missing);
-    run("apt-get", &arguments)
+    programs::visible(
+        programs::program("apt-get")
+            .args(["install", "-q", "-y", "--no-install-recommends"])
+            .args(missing)
+            .env("DEBIAN_FRONTEND", "noninteractive"),
+    )
+}
+
+/// Packages whose file isn't `there`; a file below `/usr` may lie directly below `/` as well.
+fn missing(there: impl Fn(&str) -> bool) -> Vec<&'static str> {
+    NEEDED
+        .iter()
+        .filter(|(file, _)| !there(file) && !there(file.strip_prefix("/usr").unwrap_or(file)))
+        .map(|(_, package)| *package)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bare_machine_needs_everything_and_a_full_one_nothing() {
+        assert_eq!(missing(|_| false).len(), NEEDED.len());
+        assert!(missing(|_| true).is_empty());
+    }
+
+    #[test]
+    fn programs_directly_below_the_root_count() {
+        let missing = missing(|file| file == "/sbin/ip" || file.starts_with("/var"));
+        assert!(!missing.contains(&"iproute2") && missing.contains(&"nasm"));
+    }
 }

@@ -1,21 +1,20 @@
 //! `cargo xtask test`: what continuous integration runs.
 
-use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result};
 
-use crate::{guest, root, run, setup, tidy};
+use crate::{guest, programs, root, run, setup, tidy};
+
+/// Something that passes or says why not.
+type Step = fn() -> Result<()>;
 
 /// Version of the licence checker that this repository is checked with.
 const DENY: &str = "0.20.2";
 
-/// What must pass, by name.
-type Step = (&'static str, fn() -> Result<()>);
-
 /// All steps; stops at the first that fails, and always says how far it came.
 pub(crate) fn test() -> Result<()> {
-    let steps: [Step; 11] = [
+    let steps: [(&str, Step); 11] = [
         ("install", setup::install),
         ("format", || run("cargo", &["fmt", "--all", "--check"])),
         ("lints", || {
@@ -79,51 +78,79 @@ pub(crate) fn test() -> Result<()> {
             )
         }),
     ];
-    let mut done = Vec::new();
-    for (name, step) in steps {
-        println!("==> {name}");
-        let began = Instant::now();
-        let result = step();
-        let mark = if result.is_ok() { "ok" } else { "FAILED" };
-        done.push(format!(
-            "{mark:6} {:6.1} s  {name}",
-            began.elapsed().as_secs_f64()
-        ));
-        if let Err(error) = result {
-            println!("{}", done.join("\n"));
-            bail!("{name}: {error:#}");
-        }
-    }
-    println!("{}", done.join("\n"));
-    Ok(())
+    sequence(&steps)
 }
 
-/// Bans, licences and sources. The database of advisories is not reachable everywhere, so it is not asked here.
+/// Runs steps in order up to the first that fails; their output is shown as it comes, and a table
+/// of times is printed in any case.
+fn sequence(steps: &[(&str, Step)]) -> Result<()> {
+    let began = Instant::now();
+    let mut done = Vec::new();
+    let mut end = Ok(());
+    for (name, step) in steps {
+        println!("==> {name}");
+        let step_began = Instant::now();
+        let result = step();
+        let mark = if result.is_ok() { "ok" } else { "FAILED" };
+        let line = format!(
+            "{mark:6} {:7.1} s  {name}",
+            step_began.elapsed().as_secs_f64()
+        );
+        println!("{line}");
+        done.push(line);
+        if let Err(error) = result {
+            end = Err(error.context(format!("step failed: {name}")));
+            break;
+        }
+    }
+    println!("\n{}", done.join("\n"));
+    let left = steps.len() - done.len();
+    let not_run = if left > 0 {
+        format!(", {left} steps not run")
+    } else {
+        String::new()
+    };
+    println!(
+        "       {:7.1} s  in all{not_run}",
+        began.elapsed().as_secs_f64()
+    );
+    end
+}
+
+/// Bans, licences and sources.
 fn licences() -> Result<()> {
+    println!("advisories are not asked: their database isn't reachable from everywhere");
     let tools = root().join("target/tools");
     let deny = tools.join("bin/cargo-deny");
     if !deny.exists() {
         println!("installing cargo-deny {DENY} (some minutes, once)");
-        run(
-            "cargo",
-            &[
-                "install",
-                "cargo-deny",
-                "--version",
-                DENY,
-                "--locked",
-                "--quiet",
-                "--root",
-                &tools.display().to_string(),
-            ],
+        // Unoptimised and without its own downloads: half the time to build, fast enough to run.
+        programs::visible(
+            programs::cargo()
+                .args(["install", "cargo-deny", "--version", DENY, "--locked"])
+                .args(["--debug", "--no-default-features", "--quiet", "--root"])
+                .arg(&tools),
         )?;
     }
-    let status = Command::new(deny)
-        .args(["check", "bans", "licenses", "sources"])
-        .current_dir(root())
-        .status()?;
-    if !status.success() {
-        bail!("a dependency breaks deny.toml");
+    programs::visible(programs::program(deny).args(["check", "bans", "licenses", "sources"]))
+        .context("a dependency breaks deny.toml")
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::bail;
+
+    use super::*;
+
+    #[test]
+    fn the_first_failure_ends_the_sequence_and_is_named() {
+        let steps: [(&str, Step); 3] = [
+            ("one", || Ok(())),
+            ("two", || bail!("broken")),
+            ("three", || unreachable!("a step after the failure")),
+        ];
+        let error = sequence(&steps).unwrap_err();
+        assert_eq!(format!("{error:#}"), "step failed: two: broken");
+        assert!(sequence(&steps[..1]).is_ok());
     }
-    Ok(())
 }

@@ -1,128 +1,274 @@
-//! Memory that knows what it should hold.
+//! The memory that is rewritten, the memory that stays, and the thread that checks both.
 
-const PAGE: usize = 4096;
+use std::convert::Infallible;
+use std::time::{Duration, Instant};
 
-/// SplitMix64 (Steele, Lea, Flood 2014): incompressible enough, and made again from its seed.
-pub(crate) struct Random(u64);
+use crate::canary::Canary;
+use crate::console;
+use crate::page::{Fault, PAGE_SIZE, PAGES_PER_MIB, Page};
+use crate::settings::Settings;
+use crate::stats::Stats;
+use crate::wait;
 
-impl Random {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed)
-    }
+/// How long the thread rests between two portions of work.
+const TICK: Duration = Duration::from_millis(10);
+/// Arrears are forgiven beyond this, so that a pause isn't followed by a storm of writes.
+const ARREARS: Duration = Duration::from_millis(100);
+/// Memory left to the rest of the guest, in bytes.
+const RESERVE: u64 = 8 << 20;
+/// After so many lines about corrupt pages only every thousandth is printed; all are counted.
+const CORRUPT_LINES: u64 = 100;
 
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-}
-
-fn pattern(page: &mut [u8], seed: u64) {
-    let mut random = Random::new(seed);
-    for word in page.chunks_exact_mut(8) {
-        word.copy_from_slice(&random.next().to_le_bytes());
-    }
-}
-
-/// Memory that is written once, with incompressible data.
-pub(crate) struct Fill {
-    bytes: Vec<u8>,
+/// All memory the workload keeps, filled.
+pub(crate) struct Memory {
     seed: u64,
-}
-
-impl Fill {
-    pub(crate) fn new(mib: usize, seed: u64) -> Self {
-        let mut bytes = vec![0; mib << 20];
-        for (index, page) in bytes.chunks_exact_mut(PAGE).enumerate() {
-            pattern(page, seed ^ index as u64);
-        }
-        Self { bytes, seed }
-    }
-
-    /// Checks some pages at random: how many were good, and how many were not.
-    pub(crate) fn check(&self, pages: usize, random: &mut Random) -> (u64, u64) {
-        let all = self.bytes.len() / PAGE;
-        let (mut good, mut bad) = (0, 0);
-        let mut expected = vec![0; PAGE];
-        for _ in 0..if all == 0 { 0 } else { pages } {
-            let index = (random.next() % all as u64) as usize;
-            pattern(&mut expected, self.seed ^ index as u64);
-            if self.bytes[index * PAGE..(index + 1) * PAGE] == expected[..] {
-                good += 1;
-            } else {
-                bad += 1;
-            }
-        }
-        (good, bad)
-    }
-}
-
-/// Memory that is rewritten all the time: every page holds what its number and generation say.
-pub(crate) struct Buffer {
-    bytes: Vec<u8>,
-    next: usize,
+    fill_seed: u64,
+    buffer: Vec<Page>,
+    /// The next page of the buffer to rewrite; those before it have generation `generation + 1`.
+    cursor: usize,
     generation: u64,
+    fill: Vec<Page>,
+    canary: Option<Canary>,
+    audited: usize,
+    rewrite: Pacer,
+    audit: Pacer,
 }
 
-impl Buffer {
-    pub(crate) fn new(mib: usize) -> Self {
-        let mut buffer = Self {
-            bytes: vec![0; mib << 20],
-            next: 0,
-            generation: 1,
+impl Memory {
+    /// Takes and fills what `settings` ask for, if that is in `available` bytes.
+    pub(crate) fn fill(settings: &Settings, available: u64) -> Result<Self, String> {
+        // Bounded by the settings: 2^21 MiB at most.
+        let wanted = (settings.buffer_mib + settings.fill_mib) << 20;
+        if wanted > available.saturating_sub(RESERVE) {
+            return Err(format!(
+                "{} MiB of buffer and fill don't go into {} MiB of available memory",
+                wanted >> 20,
+                available >> 20
+            ));
+        }
+        let seed = settings.seed;
+        let fill_seed = !settings.seed;
+        let mut buffer = pages(settings.buffer_mib)?;
+        for (number, page) in (0..).zip(&mut buffer) {
+            page.write(seed, number, 0);
+        }
+        let mut fill = pages(settings.fill_mib)?;
+        for (number, page) in (0..).zip(&mut fill) {
+            page.fill(fill_seed, number);
+        }
+        Ok(Self {
+            seed,
+            fill_seed,
+            buffer,
+            cursor: 0,
+            generation: 0,
+            fill,
+            canary: settings.canary.as_deref().map(Canary::new),
+            audited: 0,
+            rewrite: Pacer::new(settings.dirty_mib_s),
+            audit: Pacer::new(settings.audit_mib_s),
+        })
+    }
+
+    /// Rewrites and verifies at the set rates, for ever.
+    pub(crate) fn work(mut self, stats: &Stats) -> Infallible {
+        let mut next = Instant::now();
+        loop {
+            next = (next + TICK).max(Instant::now());
+            wait::until(next);
+            let now = Instant::now();
+            for _ in 0..self.rewrite.due(now) {
+                self.rewrite_one(stats);
+            }
+            for _ in 0..self.audit.due(now) {
+                self.audit_one(stats);
+            }
+        }
+    }
+
+    /// Verifies the next page of the buffer, then writes its next version.
+    fn rewrite_one(&mut self, stats: &Stats) {
+        let Some(page) = self.buffer.get_mut(self.cursor) else {
+            self.cursor = 0;
+            self.generation += 1;
+            stats.count_sweep();
+            return;
         };
-        for (index, page) in buffer.bytes.chunks_exact_mut(PAGE).enumerate() {
-            pattern(page, seed_of(index, 0));
-        }
-        buffer.next = 0;
-        buffer
+        let number = self.cursor as u64;
+        let verdict = page.verify(number, self.generation);
+        report(stats, "buffer", number, self.generation, verdict);
+        page.write(self.seed, number, self.generation + 1);
+        self.cursor += 1;
     }
 
-    /// Checks the next pages against their old generation and rewrites them; good pages, bad pages, sweeps done.
-    pub(crate) fn step(&mut self, pages: usize) -> (u64, u64, u64) {
-        let all = self.bytes.len() / PAGE;
-        let (mut good, mut bad, mut sweeps) = (0, 0, 0);
-        let mut expected = vec![0; PAGE];
-        for _ in 0..pages {
-            let page = &mut self.bytes[self.next * PAGE..(self.next + 1) * PAGE];
-            pattern(&mut expected, seed_of(self.next, self.generation - 1));
-            if page == &expected[..] {
-                good += 1;
-            } else {
-                bad += 1;
+    /// Verifies the next page of what isn't rewritten. A corrupt page is put right, so that each
+    /// corruption counts once.
+    fn audit_one(&mut self, stats: &Stats) {
+        let (index, fills) = (self.audited, self.fill.len());
+        // A buffer that is being rewritten is verified by that.
+        let buffers = if self.rewrite.rests() {
+            self.buffer.len()
+        } else {
+            0
+        };
+        self.audited += 1;
+        if let Some(page) = self.fill.get_mut(index) {
+            let verdict = page.verify_fill(self.fill_seed, index as u64);
+            report(stats, "fill", index as u64, 0, verdict);
+            if verdict.is_err() {
+                page.fill(self.fill_seed, index as u64);
             }
-            pattern(page, seed_of(self.next, self.generation));
-            self.next += 1;
-            if self.next == all {
-                self.next = 0;
-                self.generation += 1;
-                sweeps += 1;
+        } else if index - fills < buffers {
+            let (page, number) = (&mut self.buffer[index - fills], (index - fills) as u64);
+            let verdict = page.verify(number, 0);
+            report(stats, "buffer", number, 0, verdict);
+            if verdict.is_err() {
+                page.write(self.seed, number, 0);
+            }
+        } else {
+            if self.canary.as_ref().is_some_and(|canary| !canary.verify()) {
+                report(stats, "canary", 0, 0, Err(Fault::Content));
+            }
+            self.audited = 0;
+            if fills + buffers > 0 {
+                stats.count_audit();
             }
         }
-        (good, bad, sweeps)
     }
 }
 
-fn seed_of(page: usize, generation: u64) -> u64 {
-    (page as u64) << 32 ^ generation
+fn pages(mib: u64) -> Result<Vec<Page>, String> {
+    let count = usize::try_from(mib * PAGES_PER_MIB).map_err(|why| why.to_string())?;
+    let mut pages = Vec::new();
+    pages
+        .try_reserve_exact(count)
+        .map_err(|why| why.to_string())?;
+    pages.resize(count, Page::zeroed());
+    Ok(pages)
+}
+
+fn report(stats: &Stats, what: &str, number: u64, generation: u64, verdict: Result<(), Fault>) {
+    let Err(fault) = verdict else {
+        stats.count_verified();
+        return;
+    };
+    let count = stats.count_corrupt();
+    if count <= CORRUPT_LINES || count.is_multiple_of(1000) {
+        console::line(&format!(
+            "CORRUPT {what} page={number} generation={generation} {fault:?} total={count}"
+        ));
+    }
+}
+
+/// Turns elapsed time into pages that are due.
+struct Pacer {
+    bytes_per_s: u64,
+    last: Option<Instant>,
+    /// Bytes due, times one second in nanoseconds: no rounding, whatever the rate.
+    credit: u128,
+}
+
+impl Pacer {
+    const UNIT: u128 = PAGE_SIZE as u128 * 1_000_000_000;
+
+    fn new(mib_s: u64) -> Self {
+        Self {
+            bytes_per_s: mib_s << 20,
+            last: None,
+            credit: 0,
+        }
+    }
+
+    /// Whether nothing is ever due.
+    fn rests(&self) -> bool {
+        self.bytes_per_s == 0
+    }
+
+    /// Pages due since the last call.
+    fn due(&mut self, now: Instant) -> u64 {
+        let elapsed = self
+            .last
+            .replace(now)
+            .map_or(Duration::ZERO, |last| now.saturating_duration_since(last))
+            .min(ARREARS);
+        self.credit += elapsed.as_nanos() * u128::from(self.bytes_per_s);
+        let pages = self.credit / Self::UNIT;
+        self.credit %= Self::UNIT;
+        u64::try_from(pages).unwrap_or(u64::MAX)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn memory(dirty_mib_s: u64) -> Memory {
+        let settings = Settings {
+            dirty_mib_s,
+            buffer_mib: 1,
+            fill_mib: 1,
+            canary: Some("The heron".into()),
+            ..Settings::default()
+        };
+        Memory::fill(&settings, 1 << 30).unwrap()
+    }
+
     #[test]
-    fn a_flipped_bit_is_found() {
-        let mut buffer = Buffer::new(1);
-        assert_eq!(buffer.step(300), (300, 0, 1));
-        let at = buffer.next * PAGE + 17;
-        buffer.bytes[at] ^= 1;
-        assert_eq!(buffer.step(2), (1, 1, 0));
-        let mut fill = Fill::new(1, 5);
-        assert_eq!(fill.check(10, &mut Random::new(1)), (10, 0));
-        fill.bytes.fill(0);
-        assert_eq!(fill.check(10, &mut Random::new(1)), (0, 10));
+    fn many_sweeps_and_audits_find_nothing_wrong() {
+        for rate in [0, 1] {
+            let (mut memory, stats) = (memory(rate), Stats::new(String::new()));
+            for _ in 0..2000 {
+                if rate > 0 {
+                    memory.rewrite_one(&stats);
+                }
+                memory.audit_one(&stats);
+            }
+            assert!(stats.json().contains(r#""corrupt_pages":0,"#));
+        }
+    }
+
+    #[test]
+    fn a_stale_page_is_counted_once() {
+        let (mut memory, stats) = (memory(1), Stats::new(String::new()));
+        let old = memory.buffer[5].clone();
+        for _ in 0..=256 {
+            memory.rewrite_one(&stats);
+        }
+        memory.buffer[5] = old;
+        for _ in 0..1000 {
+            memory.rewrite_one(&stats);
+        }
+        assert!(stats.json().contains(r#""corrupt_pages":1,"#));
+    }
+
+    #[test]
+    fn an_altered_fill_page_is_counted_once() {
+        let (mut memory, stats) = (memory(1), Stats::new(String::new()));
+        memory.fill[200] = Page::zeroed();
+        for _ in 0..1000 {
+            memory.audit_one(&stats);
+        }
+        assert!(stats.json().contains(r#""corrupt_pages":1,"#));
+    }
+
+    #[test]
+    fn the_rate_is_kept_and_a_pause_is_forgiven() {
+        let (mut pacer, start) = (Pacer::new(3), Instant::now());
+        pacer.due(start);
+        let pages: u64 = (1..=1000_u32).map(|i| pacer.due(start + TICK * i)).sum();
+        assert_eq!(pages, 10 * 3 * PAGES_PER_MIB);
+        let late = start + TICK * 1000 + Duration::from_secs(60);
+        assert!(pacer.due(late) <= 77);
+        assert!(Pacer::new(0).rests());
+    }
+
+    #[test]
+    fn more_than_there_is_is_refused() {
+        let settings = Settings {
+            fill_mib: 100,
+            ..Settings::default()
+        };
+        let error = Memory::fill(&settings, 64 << 20).err().unwrap();
+        assert!(error.contains("116 MiB"), "{error}");
     }
 }

@@ -1,5 +1,6 @@
 //! Whatever dies at whatever moment: the VM lives exactly once, nothing is left of it elsewhere, and the next
 //! migration works.
+#![forbid(unsafe_code)]
 
 use std::time::Duration;
 

@@ -1,4 +1,5 @@
 //! Migrations that succeed, on real QEMU.
+#![forbid(unsafe_code)]
 
 use std::fs::{self, File};
 use std::net::Ipv4Addr;

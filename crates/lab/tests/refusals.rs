@@ -1,4 +1,5 @@
 //! Migrations that must not happen: each is refused with its reason, and the VM goes on where it is.
+#![forbid(unsafe_code)]
 
 use std::net::TcpListener;
 use std::sync::Arc;

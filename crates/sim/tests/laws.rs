@@ -1,4 +1,5 @@
 //! The laws hold over many seeds, and every known way of breaking them is noticed.
+#![forbid(unsafe_code)]
 
 use palanquin_sim::mutation::ALL;
 use palanquin_sim::{Outcome, simulate};

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -48,28 +48,42 @@ pub enum LoadError {
     Rules(Vec<Violation>),
 }
 
-/// A rule that a file breaks.
+/// A rule that a file or request breaks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
-    /// Path of the key, for example `limits.max-inbound`.
+    /// Path of the key, for example `limits.max-inbound` or `disk[0].path`.
     pub key: String,
-    /// What is wrong, one lowercase sentence.
+    /// What is wrong with its value, one lowercase sentence.
     pub message: String,
+    /// What would be right, where the message does not say it.
+    pub hint: Option<String>,
 }
 
 impl Violation {
     /// A violation of the rule for a key.
-    pub fn new(key: &str, message: impl Into<String>) -> Self {
+    pub fn new(key: impl Into<String>, message: impl Into<String>) -> Self {
         Self {
-            key: key.to_owned(),
+            key: key.into(),
             message: message.into(),
+            hint: None,
         }
+    }
+
+    /// With what would be right.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
     }
 }
 
 impl std::fmt::Display for Violation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "`{}`: {}", self.key, self.message)
+        write!(f, "`{}`: {}", self.key, self.message)?;
+        match &self.hint {
+            Some(hint) => write!(f, " ({hint})"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -78,7 +92,39 @@ fn list(violations: &[Violation]) -> String {
     lines.join("; ")
 }
 
-/// Whether this is a name a VM or host may have: 1 to 64 of `a-z A-Z 0-9 . _ -`, starting with a letter or digit.
+/// Gathers the rules that something breaks.
+#[derive(Debug, Default)]
+pub(crate) struct Rules(Vec<Violation>);
+
+impl Rules {
+    /// Notes a violation unless the rule holds.
+    pub(crate) fn check(
+        &mut self,
+        holds: bool,
+        key: impl Into<String>,
+        message: impl Into<String>,
+        hint: &str,
+    ) {
+        if !holds {
+            self.0.push(Violation::new(key, message).hint(hint));
+        }
+    }
+
+    /// All violations, in the order they were noted.
+    pub(crate) fn into_violations(self) -> Vec<Violation> {
+        self.0
+    }
+}
+
+/// What [`is_name`] wants, in words.
+pub const NAME_RULE: &str =
+    "1 to 64 letters, digits, `.`, `_` or `-`, starting with a letter or digit";
+
+/// What [`is_host_name`] wants, in words.
+pub const HOST_NAME_RULE: &str = "1 to 63 letters, digits, `_` or `-` between dots, at most 64 in all; no `-` \
+                                  at either end of a part and not only digits in the last";
+
+/// Whether this is a name a VM or operator may have: 1 to 64 of `a-z A-Z 0-9 . _ -`, starting with a letter or digit.
 pub fn is_name(name: &str) -> bool {
     name.len() <= 64
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())
@@ -87,12 +133,28 @@ pub fn is_name(name: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
 }
 
+/// Whether this is a name a host may have: one of [`is_name`] that is also a DNS name (RFC 1123, section 2.1, and
+/// `_`), because TLS looks for it among the DNS names of the certificate.
+pub fn is_host_name(name: &str) -> bool {
+    let part = |part: &str| {
+        (1..=63).contains(&part.len()) && !part.starts_with('-') && !part.ends_with('-')
+    };
+    let last = name.rsplit('.').next().unwrap_or_default();
+    is_name(name) && name.split('.').all(part) && !last.bytes().all(|b| b.is_ascii_digit())
+}
+
+/// Longest state directory: `vms/UUID/state-out` and a slash more must fit into the 107 bytes of a
+/// socket's path (unix(7)).
+const STATE_DIR_MAX: usize = 50;
+/// Longest runtime directory: `control.sock` and `observe.sock` lie in it.
+const RUNTIME_DIR_MAX: usize = 90;
+
 impl AgentConfig {
     /// Reads and checks a configuration.
     ///
     /// # Errors
     ///
-    /// Where it is not TOML of this form, or every rule that it breaks.
+    /// Where it is not TOML of this form, with line and column, or every rule that it breaks.
     pub fn from_toml(text: &str) -> Result<Self, LoadError> {
         let config: Self = toml::from_str(text)?;
         let violations = config.validate();
@@ -103,66 +165,131 @@ impl AgentConfig {
         }
     }
 
-    /// Every rule that it breaks.
+    /// Every rule that it breaks. Looks at nothing but the values: whether files exist is the caller's to see.
     pub fn validate(&self) -> Vec<Violation> {
-        let mut found = Vec::new();
-        let mut rule = |holds: bool, key: &str, message: &str| {
-            if !holds {
-                found.push(Violation::new(key, message));
-            }
-        };
-        let name = "is 1 to 64 letters, digits, `.`, `_` or `-`, starting with a letter or digit";
-        rule(is_name(&self.name), "name", name);
-        rule(self.hosts.keys().all(|host| is_name(host)), "hosts", name);
-        let absolute = "is an absolute path";
-        rule(self.state_dir.is_absolute(), "state-dir", absolute);
-        rule(self.runtime_dir.is_absolute(), "runtime-dir", absolute);
-        // `vms/UUID/state-out` and a slash more, in the 107 bytes of a socket's path.
-        let room = self.state_dir.as_os_str().len() <= 50;
-        rule(
-            room,
-            "state-dir",
-            "is at most 50 bytes long, because sockets lie below it",
+        let mut rules = Rules::default();
+        let no_name = |name: &str| format!("{name:?} is no name for a host");
+        rules.check(
+            is_host_name(&self.name),
+            "name",
+            no_name(&self.name),
+            HOST_NAME_RULE,
         );
-        let room = self.runtime_dir.as_os_str().len() <= 90;
-        rule(
-            room,
-            "runtime-dir",
-            "is at most 90 bytes long, because sockets lie in it",
+        self.check_paths(&mut rules);
+        let port = self.listen.migration.port();
+        rules.check(
+            port != 0,
+            "listen.migration",
+            "port 0 is no port that other hosts could know",
+            "7810 is customary",
         );
-        let limits = &self.limits;
-        rule(
-            (1..=64).contains(&limits.max_inbound),
-            "limits.max-inbound",
-            "is 1 to 64",
-        );
-        rule(
-            (1..=64).contains(&limits.max_outbound),
-            "limits.max-outbound",
-            "is 1 to 64",
-        );
-        let silence = limits.peer_silence.get().as_millis();
-        rule(
-            (1000..=300_000).contains(&silence),
-            "limits.peer-silence",
-            "is 1 s to 5 min",
-        );
-        let state = limits.device_state.bytes();
-        let bounds = (1 << 20)..=(16 << 30);
-        rule(
-            bounds.contains(&state),
-            "limits.device-state",
-            "is 1 MiB to 16 GiB",
-        );
-        rule(self.qemu.binary.is_absolute(), "qemu.binary", absolute);
-        let all = self
-            .qemu
-            .allowed_paths
-            .iter()
-            .all(|path| path.is_absolute());
-        rule(all, "qemu.allowed-paths", "are absolute paths");
-        found
+        for (name, host) in &self.hosts {
+            let key = format!("hosts.{name}");
+            rules.check(
+                is_host_name(name),
+                key.as_str(),
+                no_name(name),
+                HOST_NAME_RULE,
+            );
+            let address = host.address;
+            let reachable = address.port() != 0
+                && !address.ip().is_unspecified()
+                && !address.ip().is_multicast();
+            rules.check(
+                reachable,
+                format!("{key}.address"),
+                format!("{address} is no address of a single host"),
+                "address and port of its agent, as in 192.0.2.2:7810",
+            );
+        }
+        self.check_limits(&mut rules);
+        rules.into_violations()
     }
+
+    fn check_paths(&self, rules: &mut Rules) {
+        let tls = &self.tls;
+        for (key, path) in [
+            ("state-dir", &self.state_dir),
+            ("runtime-dir", &self.runtime_dir),
+            ("tls.ca", &tls.ca),
+            ("tls.certificate", &tls.certificate),
+            ("tls.key", &tls.key),
+            ("qemu.binary", &self.qemu.binary),
+        ] {
+            check_absolute(rules, key, path);
+        }
+        for (index, path) in self.qemu.allowed_paths.iter().enumerate() {
+            let key = format!("qemu.allowed-paths[{index}]");
+            check_absolute(rules, &key, path);
+            rules.check(
+                path != Path::new("/"),
+                key,
+                "`/` would let an arriving VM read every file of this host",
+                "name the directories that hold kernels and disk images",
+            );
+        }
+        for (key, path, max) in [
+            ("state-dir", &self.state_dir, STATE_DIR_MAX),
+            ("runtime-dir", &self.runtime_dir, RUNTIME_DIR_MAX),
+        ] {
+            let length = path.as_os_str().len();
+            rules.check(
+                length <= max,
+                key,
+                format!("{length} bytes are too long for a directory with sockets"),
+                &format!("at most {max} bytes"),
+            );
+        }
+    }
+
+    fn check_limits(&self, rules: &mut Rules) {
+        let limits = &self.limits;
+        for (key, count) in [
+            ("limits.max-inbound", limits.max_inbound),
+            ("limits.max-outbound", limits.max_outbound),
+        ] {
+            let message = format!("{count} is out of bounds");
+            rules.check((1..=64).contains(&count), key, message, "1 to 64");
+        }
+        let silence = limits.peer_silence;
+        rules.check(
+            (1000..=300_000).contains(&silence.as_millis()),
+            "limits.peer-silence",
+            format!("{silence} is out of bounds"),
+            "1s to 5min",
+        );
+        for (key, size, min, max, hint) in [
+            (
+                "limits.device-state",
+                limits.device_state,
+                ByteSize::mib(1),
+                ByteSize::mib(16 << 10),
+                "1MiB to 16GiB",
+            ),
+            (
+                "limits.memory-reserve",
+                limits.memory_reserve,
+                ByteSize::mib(0),
+                ByteSize::mib(8 << 20),
+                "0 to 8TiB",
+            ),
+        ] {
+            let message = format!("{size} is out of bounds");
+            rules.check((min..=max).contains(&size), key, message, hint);
+        }
+    }
+}
+
+fn check_absolute(rules: &mut Rules, key: &str, path: &Path) {
+    let plain = path
+        .to_str()
+        .is_some_and(|text| !text.chars().any(|c| c == ',' || c.is_control()));
+    rules.check(
+        path.is_absolute() && plain,
+        key,
+        format!("{path:?} is not usable"),
+        "an absolute path without commas and control characters",
+    );
 }
 
 /// Identity and trust: PEM files made by `palanquin ca`.
@@ -210,9 +337,9 @@ pub struct Limits {
     pub max_inbound: u32,
     /// Migrations leaving at the same time. 1 to 64, default 2.
     pub max_outbound: u32,
-    /// Memory that is never given to a VM. Default 256 MiB.
+    /// Memory that is never given to a VM. At most 8 TiB, default 256 MiB.
     pub memory_reserve: ByteSize,
-    /// Largest device state accepted. Default 256 MiB.
+    /// Largest device state accepted. 1 MiB to 16 GiB, default 256 MiB.
     pub device_state: ByteSize,
     /// Silence of a peer after which the connection counts as lost. 1 s to 5 min, default 10 s.
     pub peer_silence: HumanDuration,
@@ -260,4 +387,144 @@ fn default_runtime_dir() -> PathBuf {
 
 fn default_listen() -> SocketAddr {
     SocketAddr::from(([0_u16; 8], 7810))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const GOOD: &str = "name = \"alpha\"\n[tls]\nca = \"/c/ca.pem\"\ncertificate = \"/c/alpha.pem\"\n\
+                        key = \"/c/alpha.key\"\n";
+
+    fn keys(text: &str) -> Vec<String> {
+        match AgentConfig::from_toml(text) {
+            Err(LoadError::Rules(found)) => found.into_iter().map(|found| found.key).collect(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_short_configuration_has_the_documented_defaults() {
+        let config = AgentConfig::from_toml(GOOD).unwrap();
+        assert_eq!(config.state_dir, Path::new("/var/lib/palanquin"));
+        assert_eq!(config.runtime_dir, Path::new("/run/palanquin"));
+        assert_eq!(config.listen.migration.to_string(), "[::]:7810");
+        assert_eq!(config.limits, Limits::default());
+        assert_eq!(config.limits.peer_silence.as_millis(), 10_000);
+        assert!(config.hosts.is_empty() && config.qemu.allowed_paths.is_empty());
+    }
+
+    #[test]
+    fn every_violation_is_named_at_once() {
+        let text = "name = \"-x\"\nstate-dir = \"relative\"\nruntime-dir = \"/r,x\"\n\
+                    [tls]\nca = \"ca.pem\"\ncertificate = \"/c\"\nkey = \"/k\"\n\
+                    [listen]\nmigration = \"0.0.0.0:0\"\n[hosts.\"b..c\"]\naddress = \"0.0.0.0:1\"\n\
+                    [limits]\nmax-inbound = 0\nmax-outbound = 65\npeer-silence = \"10ms\"\n\
+                    device-state = \"1TiB\"\nmemory-reserve = \"9TiB\"\n\
+                    [qemu]\nbinary = \"qemu\"\nallowed-paths = [\"/good\", \"/\"]\n";
+        assert_eq!(
+            keys(text),
+            [
+                "name",
+                "state-dir",
+                "runtime-dir",
+                "tls.ca",
+                "qemu.binary",
+                "qemu.allowed-paths[1]",
+                "listen.migration",
+                "hosts.b..c",
+                "hosts.b..c.address",
+                "limits.max-inbound",
+                "limits.max-outbound",
+                "limits.peer-silence",
+                "limits.device-state",
+                "limits.memory-reserve",
+            ]
+        );
+    }
+
+    #[test]
+    fn directories_that_are_too_long_for_sockets_are_refused() {
+        let long = format!("state-dir = \"/{}\"\n{GOOD}", "x".repeat(STATE_DIR_MAX));
+        assert_eq!(keys(&long), ["state-dir"]);
+        let fits = format!("state-dir = \"/{}\"\n{GOOD}", "x".repeat(STATE_DIR_MAX - 1));
+        AgentConfig::from_toml(&fits).unwrap();
+    }
+
+    #[test]
+    fn unknown_keys_are_refused_with_line_and_column() {
+        for (text, place) in [
+            (format!("{GOOD}pin = 1\n"), "line 6, column 1"),
+            (
+                format!("{GOOD}[limits]\nmax_inbound = 1\n"),
+                "line 7, column 1",
+            ),
+            (
+                format!("{GOOD}[limits]\npeer-silence = 3\n"),
+                "line 7, column 16",
+            ),
+            (format!("nam = \"a\"\n{GOOD}"), "line 1, column 1"),
+        ] {
+            let error = AgentConfig::from_toml(&text).unwrap_err();
+            assert!(matches!(error, LoadError::Syntax(_)));
+            assert!(error.to_string().contains(place), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_violation_says_what_would_be_right() {
+        let violation = Violation::new("limits.max-inbound", "0 is out of bounds").hint("1 to 64");
+        assert_eq!(
+            violation.to_string(),
+            "`limits.max-inbound`: 0 is out of bounds (1 to 64)"
+        );
+    }
+
+    #[test]
+    fn host_names_are_dns_names() {
+        for good in ["a", "alpha", "A1.example.org", "a_b", "1a", "4.x"] {
+            assert!(is_host_name(good), "{good}");
+        }
+        let long = "a".repeat(64);
+        for odd in [
+            "", "a.", ".a", "a..b", "-a", "a-", "a-.b", "10.0.0.1", "7", "a/b", &long,
+        ] {
+            assert!(!is_host_name(odd), "{odd}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_configuration_is_read_back_as_written(
+            name in "[a-z][a-z0-9]{0,20}",
+            peers in prop::collection::btree_map("[a-z][a-z0-9]{0,8}", 1_u16.., 0..4),
+            (max_inbound, max_outbound) in (1_u32..=64, 1_u32..=64),
+            (silence, reserve) in (1_u64..=300, 0_u64..1 << 40),
+        ) {
+            let mut config = AgentConfig::from_toml(GOOD).unwrap();
+            config.name = name;
+            config.hosts = peers
+                .into_iter()
+                .map(|(name, port)| (name, Host { address: ([192, 0, 2, 1], port).into() }))
+                .collect();
+            config.limits = Limits {
+                max_inbound,
+                max_outbound,
+                memory_reserve: ByteSize::new(reserve),
+                peer_silence: HumanDuration::from_secs(silence),
+                ..Limits::default()
+            };
+            let text = toml::to_string(&config).unwrap();
+            prop_assert_eq!(AgentConfig::from_toml(&text).unwrap(), config);
+        }
+
+        #[test]
+        fn arbitrary_text_is_answered_and_never_panics(text in "(?s).{0,200}") {
+            let _ = AgentConfig::from_toml(&text);
+            let _ = AgentConfig::from_toml(&format!("{GOOD}{text}"));
+            let _ = (is_name(&text), is_host_name(&text));
+        }
+    }
 }

@@ -23,6 +23,7 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::config::{NAME_RULE, Rules, Violation, is_name};
 use crate::vm_spec::VmSpec;
 
 /// Who is at fault and therefore what a script should do; decides the exit status.
@@ -213,19 +214,58 @@ pub struct StartMigration {
     /// How the pages are moved.
     #[serde(default)]
     pub strategy: Strategy,
-    /// Longest pause aimed at, in milliseconds. Default 300.
+    /// Longest pause aimed at, in milliseconds. 1 to 3 600 000 (1 h), default 300.
     #[serde(default)]
     pub max_downtime_ms: Option<u64>,
-    /// Longest time for the whole migration before it is aborted, in milliseconds. Default 600 000.
+    /// Longest time for the whole migration before it is aborted, in milliseconds. 1000 to 604 800 000 (7 days),
+    /// default 600 000.
     #[serde(default)]
     pub deadline_ms: Option<u64>,
-    /// Limit of what goes onto the wire, in bytes per second. Default: none.
+    /// Limit of what goes onto the wire, in bytes per second. At least 100 000. Default: none.
     #[serde(default)]
     pub bandwidth_bytes_per_s: Option<u64>,
     /// Number of data streams, 1 to 16. Default: 2.
     #[serde(default)]
     pub streams: Option<u16>,
 }
+
+impl StartMigration {
+    /// Every bound that it breaks.
+    pub fn validate(&self) -> Vec<Violation> {
+        let mut rules = Rules::default();
+        for (key, name) in [("vm", &self.vm), ("to", &self.to)] {
+            rules.check(
+                is_name(name),
+                key,
+                format!("{name:?} is no name"),
+                NAME_RULE,
+            );
+        }
+        let out_of_bounds = |value: u64, unit: &str| format!("{value}{unit} is out of bounds");
+        if let Some(ms) = self.max_downtime_ms {
+            let fits = (1..=HOUR_MS).contains(&ms);
+            let message = out_of_bounds(ms, " ms");
+            rules.check(fits, "max_downtime_ms", message, "1 ms to 1 h");
+        }
+        if let Some(ms) = self.deadline_ms {
+            let fits = (1_000..=7 * 24 * HOUR_MS).contains(&ms);
+            let message = out_of_bounds(ms, " ms");
+            rules.check(fits, "deadline_ms", message, "1 s to 7 days");
+        }
+        if let Some(rate) = self.bandwidth_bytes_per_s {
+            let message = out_of_bounds(rate, " bytes per second");
+            let fits = rate >= 100_000;
+            rules.check(fits, "bandwidth_bytes_per_s", message, "at least 100 kB/s");
+        }
+        if let Some(streams) = self.streams {
+            let message = out_of_bounds(streams.into(), "");
+            rules.check((1..=16).contains(&streams), "streams", message, "1 to 16");
+        }
+        rules.into_violations()
+    }
+}
+
+const HOUR_MS: u64 = 3_600_000;
 
 /// How a migration ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -411,4 +451,85 @@ pub struct DoctorReport {
     pub passed: Vec<String>,
     /// What stands in the way.
     pub blockers: Vec<Blocker>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_of_error_has_the_exit_status_that_scripts_know() {
+        let statuses = [
+            (ErrorKind::Internal, "\"internal\"", 1),
+            (ErrorKind::Usage, "\"usage\"", 2),
+            (ErrorKind::NotFound, "\"not-found\"", 2),
+            (ErrorKind::Refused, "\"refused\"", 3),
+            (ErrorKind::Blocked, "\"blocked\"", 4),
+            (ErrorKind::Aborted, "\"aborted\"", 5),
+            (ErrorKind::InDoubt, "\"in-doubt\"", 6),
+        ];
+        for (kind, word, status) in statuses {
+            assert_eq!(kind.exit_status(), status);
+            assert_eq!(serde_json::to_string(&kind).unwrap(), word);
+        }
+    }
+
+    #[test]
+    fn outcomes_are_spelled_as_scripts_know_them() {
+        let words = serde_json::to_string(&[
+            Outcome::Completed,
+            Outcome::RunningOnSource,
+            Outcome::VmEnded,
+            Outcome::InDoubt,
+        ]);
+        assert_eq!(
+            words.unwrap(),
+            "[\"completed\",\"running_on_source\",\"vm_ended\",\"in_doubt\"]"
+        );
+        let words = serde_json::to_string(&[
+            AbortOutcome::RunningOnSource,
+            AbortOutcome::TooLateCommitted,
+            AbortOutcome::InDoubt,
+        ]);
+        assert_eq!(
+            words.unwrap(),
+            "[\"running_on_source\",\"too_late_committed\",\"in_doubt\"]"
+        );
+    }
+
+    #[test]
+    fn an_error_needs_no_more_than_kind_and_message() {
+        let error: ApiError = serde_json::from_str(r#"{"kind":"refused","message":"no"}"#).unwrap();
+        assert_eq!((error.kind, error.causes.len()), (ErrorKind::Refused, 0));
+    }
+
+    #[test]
+    fn a_request_is_bounded_and_takes_no_unknown_fields() {
+        let request: StartMigration = serde_json::from_str(r#"{"vm":"web","to":"b"}"#).unwrap();
+        assert_eq!(request.validate(), []);
+        assert!(
+            serde_json::from_str::<StartMigration>(r#"{"vm":"web","to":"b","force":1}"#).is_err()
+        );
+        let odd = StartMigration {
+            vm: "a/b".to_owned(),
+            to: String::new(),
+            max_downtime_ms: Some(0),
+            deadline_ms: Some(u64::MAX),
+            bandwidth_bytes_per_s: Some(1),
+            streams: Some(17),
+            ..request
+        };
+        let keys: Vec<String> = odd.validate().into_iter().map(|found| found.key).collect();
+        assert_eq!(
+            keys,
+            [
+                "vm",
+                "to",
+                "max_downtime_ms",
+                "deadline_ms",
+                "bandwidth_bytes_per_s",
+                "streams"
+            ]
+        );
+    }
 }

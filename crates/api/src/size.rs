@@ -134,7 +134,7 @@ impl Bandwidth {
 /// A rate that cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "`{0}` is not a rate: write a number and kbit, mbit, gbit, KiB/s, MiB/s, GiB/s, kB/s, MB/s or GB/s"
+    "`{0}` is not a rate: write a whole number and kbit, mbit, gbit, KiB/s, MiB/s, GiB/s, kB/s, MB/s or GB/s"
 )]
 pub struct BandwidthError(String);
 
@@ -149,7 +149,12 @@ impl FromStr for Bandwidth {
             .ok_or_else(error)?;
         let (number, unit) = trimmed.split_at(digits);
         let number: u64 = number.parse().map_err(|_| error())?;
-        let (factor, divisor) = match unit.trim().to_ascii_lowercase().as_str() {
+        let unit = unit.trim();
+        // `Mb/s` means bits to some and bytes to others: eight times too fast or too slow is no guess to make.
+        if unit.ends_with("b/s") {
+            return Err(error());
+        }
+        let (factor, divisor) = match unit.to_ascii_lowercase().as_str() {
             "kbit" | "kbit/s" => (1_000, 8),
             "mbit" | "mbit/s" => (1_000_000, 8),
             "gbit" | "gbit/s" => (1_000_000_000, 8),
@@ -247,8 +252,58 @@ mod tests {
         ] {
             assert!(odd.parse::<ByteSize>().is_err(), "{odd}");
         }
-        for odd in ["", "100", "1tbit", "0gbit", "99999999999gbit"] {
+        for odd in [
+            "",
+            "100",
+            "1tbit",
+            "0gbit",
+            "99999999999gbit",
+            "1.5gbit",
+            "-1gbit",
+        ] {
             assert!(odd.parse::<Bandwidth>().is_err(), "{odd}");
+        }
+    }
+
+    #[test]
+    fn rates_are_counted_in_the_unit_they_name() {
+        for (text, bytes_per_s) in [
+            ("8kbit", 1_000),
+            ("800mbit", 100_000_000),
+            ("800 Mbit/s", 100_000_000),
+            ("1gbit", 125_000_000),
+            ("1KiB/s", 1 << 10),
+            ("1GiB/s", 1 << 30),
+            ("1kB/s", 1_000),
+            ("100MB/s", 100_000_000),
+            ("1GB/s", 1_000_000_000),
+        ] {
+            let rate = text.parse::<Bandwidth>().unwrap();
+            assert_eq!(rate.bytes_per_s(), bytes_per_s, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_rate_that_may_mean_bits_or_bytes_is_refused() {
+        for odd in ["100Mb/s", "100mb/s", "1Gb/s", "1kb/s", "1Mib/s"] {
+            assert!(odd.parse::<Bandwidth>().is_err(), "{odd}");
+        }
+    }
+
+    #[test]
+    fn durations_need_a_unit() {
+        for (text, ms) in [("300ms", 300), ("10min", 600_000), ("1h 5s", 3_605_000)] {
+            assert_eq!(text.parse::<HumanDuration>().unwrap().as_millis(), ms);
+        }
+        for odd in [
+            "",
+            "300",
+            "ms",
+            "-1s",
+            "1 fortnight",
+            "99999999999999999999s",
+        ] {
+            assert!(odd.parse::<HumanDuration>().is_err(), "{odd}");
         }
     }
 
@@ -260,9 +315,25 @@ mod tests {
         }
 
         #[test]
-        fn arbitrary_text_never_panics(text in ".{0,20}") {
-            let _ = text.parse::<ByteSize>();
-            let _ = text.parse::<Bandwidth>();
+        fn a_duration_is_read_back_as_written(ms in 0_u64..1 << 50) {
+            let duration = HumanDuration(Duration::from_millis(ms));
+            prop_assert_eq!(duration.to_string().parse::<HumanDuration>().unwrap(), duration);
+        }
+
+        #[test]
+        fn sizes_and_durations_cross_json(bytes in any::<u64>(), seconds in 0_u64..1 << 40) {
+            let pair = (ByteSize::new(bytes), HumanDuration::from_secs(seconds));
+            let json = serde_json::to_string(&pair).unwrap();
+            prop_assert_eq!(serde_json::from_str::<(ByteSize, HumanDuration)>(&json).unwrap(), pair);
+        }
+
+        #[test]
+        fn arbitrary_text_never_panics(text in "(?s).{0,20}", number in any::<u128>()) {
+            for text in [text.clone(), format!("{number}{text}"), format!("{number}gbit")] {
+                let _ = text.parse::<ByteSize>();
+                let _ = text.parse::<Bandwidth>();
+                let _ = text.parse::<HumanDuration>();
+            }
         }
     }
 }

@@ -42,3 +42,12 @@ pub fn kernel_release() -> String {
         .to_string_lossy()
         .into_owned()
 }
+
+/// Whether KVM can be used: as root or a member of its group, where the CPU has what it needs.
+pub fn kvm_opens() -> bool {
+    fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_ok()
+}

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use crate::facts::kvm_opens;
 use crate::vm::{Accel, Machine};
 
 /// Stands for the VM's directory in arguments that cross hosts.
@@ -90,15 +91,6 @@ pub(crate) fn arguments(machine: &Machine) -> Vec<String> {
     add("-display", "none".to_owned());
     args.extend(["-nodefaults".to_owned(), "-no-reboot".to_owned()]);
     args
-}
-
-/// Whether KVM can be used: as root or a member of its group.
-pub(crate) fn kvm_opens() -> bool {
-    std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-        .is_ok()
 }
 
 /// Options with a value that belong to one host: dropped.

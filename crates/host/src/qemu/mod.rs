@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use self::command_line::VM_DIR;
 use self::vm::QemuVm;
 use crate::Error;
+use crate::facts;
 use crate::process::{Process, boot_id};
 use crate::vm::{
     Descriptor, GuestRam, Handle, Hypervisor, Machine, Obstacle, PAGE_SIZE, PrepareError, RunState,
@@ -303,7 +304,7 @@ impl Hypervisor for Qemu {
                 "-machine" => pair[1].contains("accel=kvm"),
                 _ => false,
             });
-        if wants_kvm && !command_line::kvm_opens() {
+        if wants_kvm && !facts::kvm_opens() {
             obstacles.push(obstacle(
                 "kvm",
                 "the VM needs KVM, and /dev/kvm does not open here".to_owned(),

@@ -5,6 +5,7 @@ mod command_line;
 mod qmp;
 mod ram;
 mod state;
+mod storage;
 mod text;
 mod tracker;
 mod vm;

@@ -13,6 +13,7 @@ use super::obstacle;
 use super::qmp::Monitor;
 use super::ram::QemuRam;
 use super::state;
+use super::storage::direct_disks;
 use super::tracker::QemuTracker;
 use crate::Error;
 use crate::process::{Process, boot_id};
@@ -193,13 +194,27 @@ impl QemuVm {
 
 /// Devices that write guest RAM past QEMU, so that their writes can't be followed.
 fn device_obstacles(arguments: &[String]) -> Vec<Obstacle> {
-    let found = |what: &str| arguments.iter().find(|argument| argument.contains(what));
+    // Names and texts may contain anything.
+    const OPTIONS: [&str; 6] = ["-device", "-netdev", "-net", "-nic", "-object", "-blockdev"];
+    let values = arguments.windows(2).filter_map(|pair| {
+        let option = pair[0]
+            .strip_prefix('-')
+            .filter(|rest| rest.starts_with('-'));
+        OPTIONS
+            .contains(&option.unwrap_or(&pair[0]))
+            .then_some(&pair[1])
+    });
+    let found = |what: &str| values.clone().find(|value| value.contains(what));
     let mut obstacles = Vec::new();
     for (what, code) in [
         ("vhost-user", "device-vhost-user"),
         ("vfio", "device-vfio"),
         ("ivshmem", "device-ivshmem"),
         ("vhost-vdpa", "device-vhost-vdpa"),
+        ("vhost-scsi", "device-vhost-scsi"),
+        // Commands go to the disk as they are, and it writes the answers into guest memory.
+        ("scsi-block", "device-scsi-passthrough"),
+        ("scsi-generic", "device-scsi-passthrough"),
     ] {
         if let Some(argument) = found(what) {
             obstacles.push(obstacle(
@@ -235,6 +250,8 @@ impl Vm for QemuVm {
             )),
             Err(error) => return Err(error),
         }
+        let nodes = self.run(&qmp::query_named_block_nodes { flat: Some(true) })?;
+        obstacles.extend(direct_disks(&nodes));
         let migration = self.run(&qmp::query_migrate {})?;
         for reason in migration["blocked-reasons"]
             .as_array()
@@ -406,5 +423,12 @@ mod tests {
             .map(|o| o.code)
             .collect();
         assert_eq!(codes, ["device-vhost-user", "device-vfio"]);
+    }
+
+    #[test]
+    fn a_name_that_sounds_like_a_device_is_none() {
+        let arguments = ["-name", "vfio-tests", "-append", "x=vhost-user ivshmem"];
+        let arguments = arguments.map(str::to_owned).to_vec();
+        assert_eq!(device_obstacles(&arguments), []);
     }
 }

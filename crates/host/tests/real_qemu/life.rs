@@ -237,3 +237,31 @@ fn a_vm_whose_memory_another_process_maps_is_named() {
     assert_eq!(codes, ["ram-shared"]);
     assert_eq!(vm.0.obstacles().unwrap(), []);
 }
+
+#[test]
+fn a_disk_that_is_read_past_the_page_cache_is_named() {
+    let bench = Bench::new();
+    let (dir, qmp) = (bench.path("a"), bench.path("qmp"));
+    let image = bench.path("dirty_loop.img");
+    let child = Command::new(QEMU)
+        .args(["-M", "q35,memory-backend=mem", "-m", "64", "-nodefaults"])
+        .args(["-accel", "tcg", "-display", "none"])
+        .args(["-object", "memory-backend-memfd,id=mem,size=64M,share=on"])
+        .arg("-drive")
+        .arg(format!(
+            "if=none,id=d,format=raw,file={},cache=none",
+            image.display()
+        ))
+        .args(["-device", "ide-hd,drive=d", "-qmp"])
+        .arg(format!("unix:{},server=on,wait=off", qmp.display()))
+        .stdin(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_for("the socket", 20, || qmp.exists());
+    let vm = Guard(bench.qemu.adopt(child.id(), &qmp, &dir).unwrap());
+    drop(child);
+    let found = vm.0.obstacles().unwrap();
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!(found[0].code, "disk-direct-io");
+    assert!(found[0].message.contains("dirty_loop.img"), "{found:?}");
+}

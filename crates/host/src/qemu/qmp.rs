@@ -1,6 +1,8 @@
 //! QEMU's monitor protocol over its UNIX socket, with a deadline on every answer.
 
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, IoSlice, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -8,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use qapi::Command;
 use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, sockopt,
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
+    SocketFlags, SocketType, connect, sendmsg, socket_with, sockopt,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -85,6 +88,23 @@ impl Monitor {
         command: &C,
         patience: Duration,
     ) -> Result<Value, Error> {
+        self.execute_with(command, None, patience)
+    }
+
+    /// Gives QEMU a copy of a descriptor, to be used as `fd:NAME`. One of that name which it has already is closed.
+    pub(crate) fn give(&self, name: &str, fd: BorrowedFd<'_>) -> Result<(), Error> {
+        let command = qapi::qmp::getfd {
+            fdname: name.to_owned(),
+        };
+        self.execute_with(&command, Some(fd), TIMEOUT).map(drop)
+    }
+
+    fn execute_with<C: Command>(
+        &self,
+        command: &C,
+        fd: Option<BorrowedFd<'_>>,
+        patience: Duration,
+    ) -> Result<Value, Error> {
         let mut slot = self
             .connection
             .lock()
@@ -99,7 +119,7 @@ impl Monitor {
         // One that broke since it was last used is made anew. Should QEMU have taken the command after all: every command
         // that this crate uses may be repeated, or is refused the second time.
         let used = slot.take().map(|mut connection| {
-            let reply = connection.exchange(&request, deadline)?;
+            let reply = connection.exchange(&request, fd, deadline)?;
             Ok::<_, io::Error>((connection, reply))
         });
         let is_broken = |error: &io::Error| {
@@ -110,7 +130,7 @@ impl Monitor {
             Some(Err(error)) if !is_broken(&error) => Err(error),
             Some(Ok(done)) => Ok(done),
             _ => Connection::open(&self.path, deadline).and_then(|mut connection| {
-                let reply = connection.exchange(&request, deadline)?;
+                let reply = connection.exchange(&request, fd, deadline)?;
                 Ok((connection, reply))
             }),
         };
@@ -158,15 +178,24 @@ impl Connection {
             arguments: &capabilities,
         })?;
         request.push(b'\n');
-        connection.exchange(&request, deadline)?;
+        connection.exchange(&request, None, deadline)?;
         Ok(connection)
     }
 
-    /// Sends a command and gives its answer; events before it are passed over.
-    fn exchange(&mut self, request: &[u8], deadline: Instant) -> io::Result<Reply> {
+    /// Sends a command, with a descriptor if there is one, and gives its answer; events before it are passed over.
+    fn exchange(
+        &mut self,
+        request: &[u8],
+        fd: Option<BorrowedFd<'_>>,
+        deadline: Instant,
+    ) -> io::Result<Reply> {
         let stream = self.0.get_mut();
         stream.set_write_timeout(Some(left(deadline)?))?;
-        stream.write_all(request)?;
+        let sent = match fd {
+            Some(fd) => send_with(stream, request, fd)?,
+            None => 0,
+        };
+        stream.write_all(&request[sent..])?;
         loop {
             let reply: Reply = serde_json::from_slice(&self.line(deadline)?)?;
             if reply.value.is_some() || reply.error.is_some() {
@@ -209,6 +238,19 @@ impl Connection {
             }
         }
     }
+}
+
+/// Sends the beginning of a request together with a descriptor, see unix(7); gives how many bytes that was.
+fn send_with(stream: &UnixStream, request: &[u8], fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [fd];
+    if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+        return Err(io::Error::other("no room for a descriptor"));
+    }
+    let data = [IoSlice::new(request)];
+    let sent = sendmsg(stream.as_fd(), &data, &mut control, SendFlags::NOSIGNAL)?;
+    Ok(sent)
 }
 
 /// Time left, or that there is none.

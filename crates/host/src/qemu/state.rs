@@ -1,10 +1,11 @@
-//! The device state: QEMU's own `migrate` through a UNIX socket in the VM's directory. With `x-ignore-shared` it
-//! holds everything but the shared RAM.
+//! The device state: QEMU's own `migrate` through a socket that it is given. With `x-ignore-shared` it holds
+//! everything but the shared RAM.
+//!
+//! A socket with a path would have to be one that QEMU's user may open, and short.
 
-use std::fs;
-use std::io::{self, Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use qapi::qmp;
@@ -20,8 +21,8 @@ const DEADLINE: Duration = Duration::from_secs(30);
 /// Between two looks at QEMU's progress: it tells completion by an event only when asked at start.
 const POLL: Duration = Duration::from_millis(1);
 
-/// Longest wait for QEMU to connect.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// What QEMU calls our socket.
+const SOCKET: &str = "palanquin-state";
 /// Bytes that are read at once.
 const CHUNK: usize = 256 << 10;
 
@@ -52,18 +53,16 @@ pub(crate) fn unlimit(monitor: &Monitor) -> Result<(), Error> {
         .map(drop)
 }
 
-fn socket_path(dir: &Path, name: &str) -> Result<PathBuf, Error> {
-    let path = dir.join(name);
-    if path.as_os_str().len() > 107 {
-        return Err(Error::SocketPath(path));
-    }
-    match fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::Io {
-            action: format!("removing {}", path.display()),
-            source: error,
-        }),
-        _ => Ok(path),
-    }
+/// A connection of which QEMU has the other end.
+fn connection(monitor: &Monitor) -> Result<UnixStream, Error> {
+    let (ours, theirs) = UnixStream::pair().map_err(Error::io("making a pair of sockets"))?;
+    monitor.give(SOCKET, theirs.as_fd())?;
+    Ok(ours)
+}
+
+/// What QEMU is to read from or write to.
+fn uri() -> String {
+    format!("fd:{SOCKET}")
 }
 
 /// Waits for a moment, or until the process has ended: then that is the error.
@@ -97,15 +96,9 @@ fn wait_completed(process: &Process, monitor: &Monitor, deadline: Instant) -> Re
 pub(crate) fn save(
     process: &Process,
     monitor: &Monitor,
-    dir: &Path,
     limit_bytes: u64,
 ) -> Result<Vec<u8>, Error> {
-    let path = socket_path(dir, "state-out")?;
-    let listener =
-        UnixListener::bind(&path).map_err(Error::io("listening for the device state"))?;
-    let result = receive(process, monitor, &listener, &path, limit_bytes);
-    // Left behind it would only be in the way of the next one, which removes it too.
-    let _ = fs::remove_file(&path);
+    let result = receive(process, monitor, limit_bytes);
     if result.is_err() {
         // Otherwise QEMU refuses to resume while its migration is under way.
         let _ = monitor.execute_value(&qmp::migrate_cancel {});
@@ -113,29 +106,15 @@ pub(crate) fn save(
     result
 }
 
-fn receive(
-    process: &Process,
-    monitor: &Monitor,
-    listener: &UnixListener,
-    path: &Path,
-    limit_bytes: u64,
-) -> Result<Vec<u8>, Error> {
+fn receive(process: &Process, monitor: &Monitor, limit_bytes: u64) -> Result<Vec<u8>, Error> {
     let deadline = Instant::now() + DEADLINE;
-    let uri = Some(format!("unix:{}", path.display()));
+    let stream = connection(monitor)?;
     monitor.execute_value(&qmp::migrate {
         channels: None,
         detach: None,
         resume: None,
-        uri,
+        uri: Some(uri()),
     })?;
-    // QEMU connects before it answers, or its migration has failed.
-    if !readable(listener, CONNECT_TIMEOUT) {
-        wait_completed(process, monitor, Instant::now())?;
-        return Err(Error::DeviceState("QEMU did not connect".to_owned()));
-    }
-    let (stream, _) = listener
-        .accept()
-        .map_err(Error::io("accepting the device state"))?;
     let state = read_until_end(&stream, limit_bytes, deadline)?;
     wait_completed(process, monitor, deadline)?;
     Ok(state)
@@ -167,31 +146,22 @@ fn read_until_end(
 }
 
 /// Loads the state into a waiting container.
-pub(crate) fn load(
-    process: &Process,
-    monitor: &Monitor,
-    dir: &Path,
-    state: &[u8],
-) -> Result<(), Error> {
+pub(crate) fn load(process: &Process, monitor: &Monitor, state: &[u8]) -> Result<(), Error> {
     let deadline = Instant::now() + DEADLINE;
-    let path = socket_path(dir, "state-in")?;
-    let uri = Some(format!("unix:{}", path.display()));
-    let incoming: Value = serde_json::json!({ "uri": uri });
+    let incoming: Value = serde_json::json!({ "uri": uri() });
     let command: qmp::migrate_incoming =
         serde_json::from_value(incoming).map_err(|e| Error::Answer {
             command: "migrate-incoming",
             problem: e.to_string(),
         })?;
+    let mut stream = connection(monitor)?;
     monitor.execute_value(&command)?;
-    // QEMU listens before it answers.
-    let mut stream = UnixStream::connect(&path).map_err(Error::io("reaching the container"))?;
     stream
         .set_write_timeout(Some(DEADLINE))
         .map_err(Error::io("sending the device state"))?;
     let sent = stream.write_all(state);
     drop(stream);
     let completed = wait_completed(process, monitor, deadline);
-    let _ = fs::remove_file(&path);
     // What QEMU says of a state that it refused is worth more than the broken pipe.
     completed?;
     sent.map_err(Error::io("sending the device state"))

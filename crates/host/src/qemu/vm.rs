@@ -367,12 +367,12 @@ impl Vm for QemuVm {
     }
 
     fn save_device_state(&self, limit_bytes: u64) -> Result<Vec<u8>, Error> {
-        let saved = state::save(&self.process, &self.monitor, &self.dir, limit_bytes);
+        let saved = state::save(&self.process, &self.monitor, limit_bytes);
         self.or_gone(saved)
     }
 
     fn load_device_state(&self, device_state: &[u8]) -> Result<(), Error> {
-        let loaded = state::load(&self.process, &self.monitor, &self.dir, device_state);
+        let loaded = state::load(&self.process, &self.monitor, device_state);
         self.or_gone(loaded)
     }
 

@@ -141,6 +141,11 @@ fn a_qemu_without_privileges_is_followed_too() {
     let mut tracker = vm.0.track_writes().unwrap();
     assert_eq!(written(&mut *tracker).len(), 24576);
     vm.0.ram().unwrap().write(0, 90 << 20, &[1]).unwrap();
+    // It may not enter the VM's directory.
+    vm.0.prepare_to_save().unwrap();
+    vm.0.pause().unwrap();
+    assert!(!vm.0.save_device_state(64 << 20).unwrap().is_empty());
+    vm.0.resume().unwrap();
 }
 
 /// In another process, because the kernel must do it when that one is killed.

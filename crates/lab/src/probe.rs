@@ -21,7 +21,7 @@ use crate::wait;
 /// Interval of pings and of the lines on the TCP connection: the resolution of what is measured.
 pub const INTERVAL: Duration = Duration::from_millis(5);
 /// Between two pings: below 10 ms ping(8) spins, and takes a core from what is measured.
-const PING_INTERVAL: Duration = Duration::from_millis(20);
+pub const PING_INTERVAL: Duration = Duration::from_millis(20);
 /// A guest under emulation on a busy machine answers within this time.
 const PATIENCE: Duration = Duration::from_secs(20);
 

@@ -1,6 +1,7 @@
 //! Which arguments an arriving VM may bring. They come from another host, so everything that is not known to be
 //! harmless is refused: QEMU's options can run programs, open sockets and read any file.
 
+mod image;
 mod keys;
 mod lists;
 
@@ -18,6 +19,8 @@ use crate::vm::{Descriptor, Obstacle, Region};
 
 const ARGUMENTS_MAX: usize = 512;
 const ARGUMENT_BYTES_MAX: usize = 8192;
+/// Most files behind an image.
+const BACKING_MAX: usize = 16;
 /// Most virtual CPUs, and the largest of any number that `-smp` takes.
 const CPUS_MAX: u32 = 1024;
 
@@ -202,11 +205,30 @@ impl Judge<'_> {
                 _ => {}
             }
         }
-        // Without a format QEMU would guess it from the contents, which the guest writes.
-        if keys.get("file").is_some() && keys.get("format").is_none() {
-            return Err("a drive needs its format".to_owned());
+        match (keys.get("file"), keys.get("format")) {
+            // QEMU would guess it from the contents, which the guest writes.
+            (Some(_), None) => Err("a drive needs its format".to_owned()),
+            (Some(file), Some("qcow2")) => self.behind(Path::new(file)),
+            _ => Ok(()),
         }
-        Ok(())
+    }
+
+    /// Judges all files behind an image of format qcow2.
+    fn behind(&self, image: &Path) -> Result<(), String> {
+        let mut image = image.to_owned();
+        for _ in 0..BACKING_MAX {
+            let Some(next) = image::backing(&image)? else {
+                return Ok(());
+            };
+            let path = next.path.to_str().ok_or("a file has no proper name")?;
+            let behind = |problem| format!("{path:?} behind the image: {problem}");
+            self.path(path).map_err(behind)?;
+            if next.format == "raw" {
+                return Ok(());
+            }
+            image = next.path;
+        }
+        Err("too many files are behind the image".to_owned())
     }
 }
 
@@ -540,6 +562,31 @@ mod tests {
             &["-chardev", "file,id=c,path=@VM_DIR@/console.log,append=on"],
         ] {
             assert_eq!(refusals(line), [], "{line:?}");
+        }
+    }
+
+    #[test]
+    fn the_files_behind_an_image_are_judged_too() {
+        use super::image::tests::{FORMAT, header};
+        let dir = tempfile::tempdir().unwrap();
+        let image = |name: &str, behind: &str, format: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, header(behind, &[(FORMAT, format)])).unwrap();
+            let drive = format!("file={},format=qcow2,if=none,id=d", path.display());
+            let arguments = vec!["-drive".to_owned(), drive];
+            judge(&descriptor(arguments, Vec::new()), &[dir.path().to_owned()])
+        };
+        assert_eq!(image("base", "", "raw"), []);
+        assert_eq!(image("overlay", "base", "qcow2"), []);
+        assert_eq!(image("over-overlay", "overlay", "qcow2"), []);
+        for (behind, format) in [
+            ("/etc/passwd", "raw"),
+            ("../../../../../../etc/passwd", "raw"),
+            ("/dev/zero", "raw"),
+            ("missing", "raw"),
+            ("loop", "qcow2"),
+        ] {
+            assert_eq!(image("loop", behind, format).len(), 1, "{behind}");
         }
     }
 

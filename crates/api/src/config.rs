@@ -133,14 +133,23 @@ pub fn is_name(name: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
 }
 
-/// Whether this is a name a host may have: one of [`is_name`] that is also a DNS name (RFC 1123, section 2.1, and
-/// `_`), because TLS looks for it among the DNS names of the certificate.
-pub fn is_host_name(name: &str) -> bool {
+/// Whether this is a DNS name (RFC 1123, section 2.1, and `_`): what TLS finds among the names of a certificate.
+pub fn is_dns_name(name: &str) -> bool {
     let part = |part: &str| {
-        (1..=63).contains(&part.len()) && !part.starts_with('-') && !part.ends_with('-')
+        (1..=63).contains(&part.len())
+            && !part.starts_with('-')
+            && !part.ends_with('-')
+            && part
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'))
     };
     let last = name.rsplit('.').next().unwrap_or_default();
-    is_name(name) && name.split('.').all(part) && !last.bytes().all(|b| b.is_ascii_digit())
+    name.len() <= 253 && name.split('.').all(part) && !last.bytes().all(|b| b.is_ascii_digit())
+}
+
+/// Whether this is a name a host may have: one of [`is_name`] that is also one of [`is_dns_name`].
+pub fn is_host_name(name: &str) -> bool {
+    is_name(name) && is_dns_name(name)
 }
 
 /// Longest state directory: `vms/UUID/state-out` and a slash more must fit into the 107 bytes of a
@@ -524,7 +533,7 @@ mod tests {
         fn arbitrary_text_is_answered_and_never_panics(text in "(?s).{0,200}") {
             let _ = AgentConfig::from_toml(&text);
             let _ = AgentConfig::from_toml(&format!("{GOOD}{text}"));
-            let _ = (is_name(&text), is_host_name(&text));
+            let _ = (is_name(&text), is_dns_name(&text));
         }
     }
 }

@@ -5,73 +5,78 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use palanquin_api::config::{AgentConfig, LoadError, Violation};
-use palanquin_api::control::ErrorKind;
+use rcgen::{KeyPair, PublicKeyData};
 use x509_parser::extensions::GeneralName;
 use x509_parser::pem::Pem;
 use x509_parser::prelude::X509Certificate;
 
 use crate::failure::Failure;
 
-/// Checks a configuration and the files it names; prints every problem.
+/// Checks a configuration and the files it names; tells every problem.
 pub(crate) fn check(path: &Path) -> Result<(), Failure> {
+    let unusable = || Failure::usage(format!("{} is not usable", path.display()));
     let text = fs::read_to_string(path)
         .map_err(|error| Failure::usage(format!("cannot read {}", path.display())).cause(error))?;
-    let (config, mut found) = match AgentConfig::from_toml(&text) {
-        Ok(config) => (Some(config), Vec::new()),
-        Err(LoadError::Syntax(error)) => {
-            return Err(Failure::usage(format!("{} is not usable", path.display())).cause(error));
-        }
-        Err(LoadError::Rules(found)) => (toml::from_str(&text).ok(), found),
-    };
-    if let Some(config) = &config {
-        files(config, &mut found);
-    }
+    let config: AgentConfig =
+        toml::from_str(&text).map_err(|error| unusable().load_error(LoadError::Syntax(error)))?;
+    let mut found = config.validate();
+    check_files(&config, &mut found);
     if found.is_empty() {
-        crate::render::say_line(&format!("{} is good.", path.display()));
         return Ok(());
     }
-    let mut failure = Failure::new(
-        ErrorKind::Usage,
-        format!("{} is not usable", path.display()),
-    );
-    for violation in found {
-        failure = failure.cause(violation);
-    }
-    Err(failure)
+    Err(unusable().load_error(LoadError::Rules(found)))
 }
 
-fn files(config: &AgentConfig, found: &mut Vec<Violation>) {
-    let mut rule = |key: &str, problem: Option<String>| {
-        found.extend(problem.map(|problem| Violation::new(key, problem)));
-    };
+fn check_files(config: &AgentConfig, found: &mut Vec<Violation>) {
     let tls = &config.tls;
-    rule("tls.key", key_problem(&tls.key));
-    let ca = read_pem(&tls.ca);
-    let leaf = read_pem(&tls.certificate);
-    rule("tls.ca", ca.as_ref().err().cloned());
-    rule("tls.certificate", leaf.as_ref().err().cloned());
-    if let (Ok(ca), Ok(leaf)) = (&ca, &leaf) {
-        rule(
-            "tls.certificate",
-            certificate_problem(ca, leaf, &config.name),
-        );
+    if let Some(problem) = key_problem(&tls.key) {
+        found.push(problem);
     }
-    let missing = |path: &Path| (!path.exists()).then(|| format!("there is no {}", path.display()));
-    rule("qemu.binary", missing(&config.qemu.binary));
-    for path in &config.qemu.allowed_paths {
-        rule("qemu.allowed-paths", missing(path));
+    let mut read = |key: &str, path: &Path| match read_pem(path) {
+        Ok(pem) => Some(pem),
+        Err(problem) => {
+            found.push(Violation::new(key, problem));
+            None
+        }
+    };
+    let (ca, leaf) = (
+        read("tls.ca", &tls.ca),
+        read("tls.certificate", &tls.certificate),
+    );
+    if let (Some(ca), Some(leaf)) = (ca, leaf) {
+        check_certificates(config, &ca, &leaf, found);
+    }
+    let mut present = |key: String, path: &Path, right: bool, hint: &str| {
+        if !right {
+            let message = format!("there is no {}", path.display());
+            found.push(Violation::new(key, message).hint(hint));
+        }
+    };
+    let binary = &config.qemu.binary;
+    let hint = "install QEMU, or name its binary";
+    present("qemu.binary".to_owned(), binary, binary.is_file(), hint);
+    for (index, path) in config.qemu.allowed_paths.iter().enumerate() {
+        let key = format!("qemu.allowed-paths[{index}]");
+        present(key, path, path.exists(), "make it, or leave it out");
     }
 }
 
-fn key_problem(path: &Path) -> Option<String> {
-    match fs::metadata(path) {
-        Err(error) => Some(format!("{}: {error}", path.display())),
-        Ok(meta) if meta.permissions().mode() & 0o077 != 0 => Some(format!(
-            "{} is open to others than its owner: chmod 600 it",
-            path.display()
-        )),
-        Ok(_) => None,
+fn key_problem(path: &Path) -> Option<Violation> {
+    let problem = |message: String| Some(Violation::new("tls.key", message));
+    let text = match fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) => return problem(format!("{}: {error}", path.display())),
+    };
+    if !text.contains("PRIVATE KEY-----") {
+        return problem(format!("{}: no private key in it", path.display()));
     }
+    let mode = fs::metadata(path).map_or(0, |meta| meta.permissions().mode());
+    if mode & 0o077 != 0 {
+        let message = format!("{} is open to others than its owner", path.display());
+        let hint = format!("chmod 600 {}", path.display());
+        return Some(Violation::new("tls.key", message).hint(hint));
+    }
+    None
 }
 
 fn read_pem(path: &Path) -> Result<Pem, String> {
@@ -83,35 +88,87 @@ fn read_pem(path: &Path) -> Result<Pem, String> {
     }
 }
 
-fn certificate_problem(ca: &Pem, leaf: &Pem, name: &str) -> Option<String> {
-    let (Ok(ca), Ok(leaf)) = (ca.parse_x509(), leaf.parse_x509()) else {
-        return Some("a certificate cannot be read".to_owned());
+/// What the agent and its peers will ask of the certificate.
+fn check_certificates(config: &AgentConfig, ca: &Pem, leaf: &Pem, found: &mut Vec<Violation>) {
+    let mut problem = |key: &str, message: String, hint: &str| {
+        found.push(Violation::new(key, message).hint(hint));
     };
-    if leaf.verify_signature(Some(ca.public_key())).is_err() {
-        return Some("it was not issued by the authority in `tls.ca`".to_owned());
+    let (ca, leaf) = match (ca.parse_x509(), leaf.parse_x509()) {
+        (Ok(ca), Ok(leaf)) => (ca, leaf),
+        (ca, leaf) => {
+            for (key, parsed) in [("tls.ca", ca), ("tls.certificate", leaf)] {
+                if let Err(error) = parsed {
+                    let hint = "a certificate in PEM form";
+                    problem(key, format!("it cannot be read: {error}"), hint);
+                }
+            }
+            return;
+        }
+    };
+    let anew = "issue a new one with `palanquin ca issue host`";
+    if !ca.is_ca() {
+        let hint = "the `ca.pem` of the authority";
+        problem("tls.ca", "it is not an authority's".to_owned(), hint);
+    } else if leaf.verify_signature(Some(ca.public_key())).is_err() {
+        let message = "it was not issued by the authority in `tls.ca`".to_owned();
+        problem("tls.certificate", message, anew);
     }
-    if !leaf.validity().is_valid() {
-        return Some(format!("it is valid from {}", validity(&leaf)));
+    for (key, certificate, hint) in [
+        ("tls.ca", &ca, "a new authority, and new certificates"),
+        ("tls.certificate", &leaf, anew),
+    ] {
+        if !certificate.validity().is_valid() {
+            let message = format!("it is valid from {}", validity(certificate));
+            problem(key, message, hint);
+        }
     }
-    let uris: Vec<&str> = leaf
-        .subject_alternative_name()
-        .ok()
-        .flatten()
-        .iter()
-        .flat_map(|extension| &extension.value.general_names)
-        .filter_map(|name| match name {
-            GeneralName::URI(uri) => Some(*uri),
-            _ => None,
-        })
-        .collect();
-    let is_ours = |uri: &&str| {
+    let usage = leaf.extended_key_usage().ok().flatten();
+    if !usage.is_some_and(|usage| usage.value.client_auth && usage.value.server_auth) {
+        let message = "it is not for both ends of a connection, as a host's is".to_owned();
+        problem("tls.certificate", message, anew);
+    }
+    let uris = names(&leaf, |name| match name {
+        GeneralName::URI(uri) => Some(*uri),
+        _ => None,
+    });
+    let name = &config.name;
+    let is_ours = |uri: &str| {
         uri.strip_prefix("spiffe://")
             .and_then(|rest| rest.split_once('/'))
-            .map(|(_, path)| path)
-            == Some(&format!("host/{name}"))
+            .is_some_and(|(_, path)| path == format!("host/{name}"))
     };
-    let fits = matches!(uris[..], [uri] if is_ours(&uri));
-    (!fits).then(|| format!("it names {uris:?}, the configuration says host {name:?}"))
+    if !matches!(uris[..], [uri] if is_ours(uri)) {
+        let message = format!("it names {uris:?}, and `name` says {name:?}");
+        problem("tls.certificate", message, anew);
+    }
+    let dns = names(&leaf, |name| match name {
+        GeneralName::DNSName(name) => Some(*name),
+        _ => None,
+    });
+    if !dns.iter().any(|dns| dns.eq_ignore_ascii_case(name)) {
+        let message = format!("it has no DNS name {name:?}, which other hosts look for");
+        problem("tls.certificate", message, anew);
+    }
+    // A key in a form that only the agent's library reads is left to the agent.
+    let key = fs::read_to_string(&config.tls.key)
+        .ok()
+        .and_then(|text| KeyPair::from_pem(&text).ok());
+    if key.is_some_and(|key| key.subject_public_key_info() != leaf.public_key().raw) {
+        let message = "it is not the key of `tls.certificate`".to_owned();
+        problem("tls.key", message, "the key made with the certificate");
+    }
+}
+
+fn names<'a>(
+    certificate: &'a X509Certificate<'_>,
+    pick: impl Fn(&'a GeneralName<'a>) -> Option<&'a str>,
+) -> Vec<&'a str> {
+    let extension = certificate.subject_alternative_name().ok().flatten();
+    extension
+        .iter()
+        .flat_map(|extension| &extension.value.general_names)
+        .filter_map(pick)
+        .collect()
 }
 
 fn validity(certificate: &X509Certificate<'_>) -> String {

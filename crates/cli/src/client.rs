@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
-use hyper::{Method, Request};
+use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use palanquin_api::control::{ApiError, ErrorKind};
 use serde::Serialize;
@@ -26,19 +26,43 @@ pub(crate) struct Client {
     socket: PathBuf,
 }
 
-/// Whether the agent answered at all.
+/// How a request failed, by what is known of its effect.
 #[derive(Debug)]
 pub(crate) enum RequestError {
-    /// It did not.
+    /// There was nobody to ask: nothing happened.
     Unreachable(io::Error),
-    /// It did, with an error or with something else than expected.
-    Answered(Failure),
+    /// The agent was asked and did not answer: it may have done what was asked, or may yet.
+    Unanswered(io::Error),
+    /// The agent answered something that is not understood: it may have done what was asked.
+    Odd(Failure),
+    /// The agent answered with an error.
+    Refused(Failure),
+}
+
+impl RequestError {
+    /// As an error after which the state of a migration is not known, where that is so.
+    pub(crate) fn leaves_in_doubt(self, message: &str, hint: &str) -> Failure {
+        let in_doubt = |cause: &dyn std::fmt::Display| {
+            Failure::new(ErrorKind::InDoubt, message)
+                .cause(cause)
+                .hint(hint)
+        };
+        match self {
+            Self::Unanswered(problem) => in_doubt(&problem),
+            Self::Odd(failure) => failure
+                .0
+                .causes
+                .iter()
+                .fold(in_doubt(&failure.0.message), Failure::cause),
+            other => other.into(),
+        }
+    }
 }
 
 impl From<RequestError> for Failure {
     fn from(error: RequestError) -> Self {
         match error {
-            RequestError::Answered(failure) => failure,
+            RequestError::Refused(failure) | RequestError::Odd(failure) => failure,
             RequestError::Unreachable(problem) => {
                 let hint = match problem.kind() {
                     io::ErrorKind::PermissionDenied => {
@@ -48,9 +72,14 @@ impl From<RequestError> for Failure {
                         "is palanquind running? `systemctl status palanquind`, or pass --socket PATH"
                     }
                 };
-                Self::new(ErrorKind::Internal, "the agent does not answer")
+                Self::new(ErrorKind::Internal, "the agent cannot be reached")
                     .cause(problem)
                     .hint(hint)
+            }
+            RequestError::Unanswered(problem) => {
+                Self::new(ErrorKind::Internal, "the agent did not answer")
+                    .cause(problem)
+                    .hint("it may have done what was asked: `palanquin vm ls` and `palanquin migration ls` tell")
             }
         }
     }
@@ -86,15 +115,16 @@ impl Client {
         body: Vec<u8>,
     ) -> Result<T, RequestError> {
         let exchange = self.exchange(method, path, body);
-        let (success, bytes) = tokio::time::timeout(TIMEOUT, exchange)
+        let (status, bytes) = tokio::time::timeout(TIMEOUT, exchange)
             .await
-            .map_err(|_| RequestError::Unreachable(io::ErrorKind::TimedOut.into()))?
-            .map_err(RequestError::Unreachable)?;
-        if success {
+            .map_err(|_| RequestError::Unanswered(io::ErrorKind::TimedOut.into()))??;
+        if status.is_success() {
             return serde_json::from_slice(&bytes).map_err(|error| odd(&error));
         }
-        let error: ApiError = serde_json::from_slice(&bytes).map_err(|error| odd(&error))?;
-        Err(RequestError::Answered(error.into()))
+        match serde_json::from_slice::<ApiError>(&bytes) {
+            Ok(error) => Err(RequestError::Refused(error.into())),
+            Err(error) => Err(odd(&format!("status {status}, and {error}"))),
+        }
     }
 
     async fn exchange(
@@ -102,37 +132,46 @@ impl Client {
         method: Method,
         path: &str,
         body: Vec<u8>,
-    ) -> io::Result<(bool, Bytes)> {
+    ) -> Result<(StatusCode, Bytes), RequestError> {
         let stream = UnixStream::connect(&self.socket).await.map_err(|error| {
-            io::Error::new(error.kind(), format!("{}: {error}", self.socket.display()))
+            let message = format!("{}: {error}", self.socket.display());
+            RequestError::Unreachable(io::Error::new(error.kind(), message))
         })?;
+        let lost = |error: hyper::Error| RequestError::Unanswered(io::Error::other(error));
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
-            .map_err(io::Error::other)?;
-        let driver = tokio::spawn(connection);
+            .map_err(lost)?;
+        let driver = AbortOnDrop(tokio::spawn(connection));
         let request = Request::builder()
             .method(method)
             .uri(path)
             .header("host", "palanquin")
             .header("content-type", "application/json")
             .body(Full::new(Bytes::from(body)))
-            .map_err(io::Error::other)?;
-        let response = sender
-            .send_request(request)
-            .await
-            .map_err(io::Error::other)?;
-        let success = response.status().is_success();
+            .map_err(|error| odd(&error))?;
+        let response = sender.send_request(request).await.map_err(lost)?;
+        let status = response.status();
         let body = Limited::new(response.into_body(), ANSWER_MAX)
             .collect()
-            .await;
-        driver.abort();
-        Ok((success, body.map_err(io::Error::other)?.to_bytes()))
+            .await
+            .map_err(|error| RequestError::Unanswered(io::Error::other(error)))?;
+        drop(driver);
+        Ok((status, body.to_bytes()))
     }
 }
 
-fn odd(error: &serde_json::Error) -> RequestError {
+/// A connection that is closed when nobody waits for it any more.
+struct AbortOnDrop(tokio::task::JoinHandle<hyper::Result<()>>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+fn odd(problem: &dyn std::fmt::Display) -> RequestError {
     let failure = Failure::new(ErrorKind::Internal, "the agent's answer is not understood")
-        .cause(error)
+        .cause(problem)
         .hint("do `palanquin --version` and `palanquind --version` agree?");
-    RequestError::Answered(failure)
+    RequestError::Odd(failure)
 }

@@ -2,7 +2,10 @@
 
 use std::process::ExitCode;
 
-use palanquin_api::control::{ApiError, ErrorKind, Side};
+use palanquin_api::config::LoadError;
+use palanquin_api::control::{ApiError, ErrorKind};
+
+use crate::{output, render};
 
 /// A command that failed.
 #[derive(Debug)]
@@ -40,37 +43,44 @@ impl Failure {
         self
     }
 
+    /// With all that is wrong with a file.
+    #[must_use]
+    pub(crate) fn load_error(self, error: LoadError) -> Self {
+        match error {
+            LoadError::Rules(found) => found.into_iter().fold(self, Self::cause),
+            other => self.cause(other),
+        }
+    }
+
     /// Tells it on standard error, as text or as one JSON object, and gives the exit status.
     pub(crate) fn tell(&self, json: bool) -> ExitCode {
-        if json {
-            // These types always serialize.
-            eprintln!("{}", serde_json::to_string(&self.0).unwrap_or_default());
-        } else {
-            eprint!("{}", self.text());
-        }
+        self.show(json);
         ExitCode::from(self.0.kind.exit_status())
     }
 
+    /// Tells it on standard error.
+    pub(crate) fn show(&self, json: bool) {
+        if json {
+            output::note(&output::to_json(&self.0));
+        } else {
+            output::note(&self.text());
+        }
+    }
+
     fn text(&self) -> String {
-        let mut text = format!("error: {}\n", self.0.message);
-        for cause in &self.0.causes {
-            text += &format!("  cause: {cause}\n");
+        let error = &self.0;
+        let mut text = vec![format!("error: {}", output::lines(&error.message, "  "))];
+        for cause in &error.causes {
+            text.push(format!("  cause: {}", output::lines(cause, "         ")));
         }
-        for blocker in &self.0.blockers {
-            let side = match blocker.side {
-                Side::Source => "source",
-                Side::Destination => "destination",
-            };
-            text += &format!(
-                "  blocker: {} ({side}, {})\n",
-                blocker.message, blocker.code
-            );
-            text += &format!("    remedy: {}\n", blocker.remedy);
+        for blocker in &error.blockers {
+            text.push(format!("  blocker: {}", render::blocker(blocker)));
+            text.push(format!("    remedy: {}", output::line(&blocker.remedy)));
         }
-        if let Some(hint) = &self.0.hint {
-            text += &format!("  hint: {hint}\n");
+        if let Some(hint) = &error.hint {
+            text.push(format!("  hint: {}", output::line(hint)));
         }
-        text
+        text.join("\n")
     }
 }
 
@@ -82,14 +92,14 @@ impl From<ApiError> for Failure {
 
 #[cfg(test)]
 mod tests {
-    use palanquin_api::control::Blocker;
+    use palanquin_api::control::{Blocker, Side};
 
     use super::*;
 
     #[test]
     fn an_error_is_told_with_its_cause_its_blockers_and_what_to_do() {
         let mut failure = Failure::new(ErrorKind::Blocked, "VM \"web\" can't be migrated")
-            .cause("because")
+            .cause("because\nof this")
             .hint("do this");
         failure.0.blockers.push(Blocker {
             side: Side::Destination,
@@ -99,8 +109,8 @@ mod tests {
         });
         assert_eq!(
             failure.text(),
-            "error: VM \"web\" can't be migrated\n  cause: because\n  blocker: too little memory \
-             (destination, memory-short)\n    remedy: Add some.\n  hint: do this\n"
+            "error: VM \"web\" can't be migrated\n  cause: because\n         of this\n  blocker: too \
+             little memory (destination, memory-short)\n    remedy: Add some.\n  hint: do this"
         );
         assert_eq!(failure.0.kind.exit_status(), 4);
     }

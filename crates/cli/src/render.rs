@@ -1,37 +1,34 @@
 //! What people read: tables, one VM, one migration.
 
-use std::io::Write;
+use palanquin_api::control::{
+    AbortAnswer, AbortOutcome, Blocker, DoctorReport, HostInfo, MigrationInfo, Outcome, Phase,
+    Side, VmInfo, VmState,
+};
 
-use palanquin_api::control::{HostInfo, MigrationInfo, Outcome, Phase, Side, VmInfo, VmState};
-
-/// Writes to standard output; a reader that went away is no reason to panic.
-pub(crate) fn say(text: &str) {
-    let _ = std::io::stdout().write_all(text.as_bytes());
-}
-
-/// The same with a line's end.
-pub(crate) fn say_line(text: &str) {
-    say(&format!("{text}\n"));
-}
+use crate::output::line;
 
 /// A table with aligned columns.
 pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> = rows
+        .iter()
+        .map(|row| row.iter().map(|cell| line(cell)).collect())
+        .collect();
     let mut widths: Vec<usize> = header.iter().map(|title| title.len()).collect();
-    for row in rows {
+    for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
         }
     }
-    let line = |cells: Vec<&str>| {
+    let written = |cells: Vec<&str>| {
         let cells = cells
             .iter()
             .zip(&widths)
             .map(|(cell, width)| format!("{cell:<width$}"));
         cells.collect::<Vec<_>>().join("  ").trim_end().to_owned() + "\n"
     };
-    let mut text = line(header.to_vec());
-    for row in rows {
-        text += &line(row.iter().map(String::as_str).collect());
+    let mut text = written(header.to_vec());
+    for row in &rows {
+        text += &written(row.iter().map(String::as_str).collect());
     }
     text
 }
@@ -121,7 +118,7 @@ fn list(pairs: &[(&str, String)]) -> String {
     let width = pairs.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     pairs
         .iter()
-        .map(|(name, value)| format!("{name:width$}  {value}\n"))
+        .map(|(name, value)| format!("{name:width$}  {}\n", line(value)))
         .collect()
 }
 
@@ -202,20 +199,37 @@ pub(crate) fn migration(info: &MigrationInfo) -> String {
         ("id", info.id.to_string()),
         ("vm", format!("{} ({})", info.vm, info.vm_uuid)),
         ("way", format!("{} -> {}", info.from, info.to)),
-        (
-            "side",
-            match info.side {
-                Side::Source => "source".to_owned(),
-                Side::Destination => "destination".to_owned(),
-            },
-        ),
+        ("side", side(info.side).to_owned()),
         ("phase", phase(info.phase).to_owned()),
         ("outcome", outcome(info.outcome).to_owned()),
     ];
     if let Some(reason) = &info.reason {
         pairs.push(("reason", reason.clone()));
     }
-    let repeated = |pages: u64| format!("{pages} ({})", bytes(pages * 4096));
+    if let Some(hint) = info.error.as_ref().and_then(|error| error.hint.clone()) {
+        pairs.push(("hint", hint));
+    }
+    pairs.push(("strategy", strategy(info)));
+    if info.outcome.is_none() {
+        pairs.extend([
+            ("done", format!("{:.0} %", info.percent)),
+            ("left in this round", bytes(info.bytes_remaining)),
+            ("rate", format!("{}/s", bytes(info.rate_bytes_per_s))),
+            (
+                "guest writes",
+                format!("{}/s", bytes(info.dirty_rate_bytes_per_s)),
+            ),
+        ]);
+        let predicted = info.predicted_downtime_ms;
+        pairs.push((
+            "downtime now",
+            predicted.map_or_else(
+                || "not known yet".to_owned(),
+                |value| format!("about {}", ms(value)),
+            ),
+        ));
+    }
+    let repeated = |pages: u64| format!("{pages} ({})", bytes(pages.saturating_mul(4096)));
     pairs.extend([
         ("total time", ms(info.total_time_ms)),
         ("downtime", ms(info.downtime_ms)),
@@ -261,22 +275,85 @@ pub(crate) fn migration(info: &MigrationInfo) -> String {
     list(&pairs)
 }
 
+fn strategy(info: &MigrationInfo) -> String {
+    // The word that was typed is the word in JSON.
+    serde_json::to_value(info.strategy)
+        .ok()
+        .and_then(|word| word.as_str().map(str::to_owned))
+        .unwrap_or_else(|| "unknown".to_owned())
+}
+
+fn count(number: u64, one: &str, many: &str) -> String {
+    format!("{number} {}", if number == 1 { one } else { many })
+}
+
 /// A migration that has completed, in two sentences.
 pub(crate) fn summary(info: &MigrationInfo) -> String {
-    format!(
-        "VM {} runs on {} after {} and a downtime of {}.\n{} rounds, {} on the wire over {} streams \
-         ({}, {}); memory verified equal: {}.\n",
+    let text = format!(
+        "VM {} runs on {} after {} and a downtime of {}.\n{}, {} on the wire over {} ({}, {}); \
+         memory verified equal: {}.",
         info.vm,
         info.to,
         ms(info.total_time_ms),
         ms(info.downtime_ms),
-        info.rounds,
+        count(info.rounds.into(), "round", "rounds"),
         bytes(info.bytes_on_wire),
-        info.streams,
-        info.cipher.as_deref().unwrap_or("?"),
-        info.key_exchange.as_deref().unwrap_or("?"),
+        count(info.streams.into(), "stream", "streams"),
+        info.cipher.as_deref().unwrap_or("cipher not known"),
+        info.key_exchange
+            .as_deref()
+            .unwrap_or("key exchange not known"),
         if info.verified { "yes" } else { "no" },
-    )
+    );
+    crate::output::lines(&text, "") + "\n"
+}
+
+/// An abort's answer in words.
+pub(crate) fn abort(answer: &AbortAnswer) -> String {
+    let text = match answer.outcome {
+        AbortOutcome::RunningOnSource => "Aborted. The VM runs on the source.",
+        AbortOutcome::TooLateCommitted => "Too late. The VM runs on the destination.",
+        AbortOutcome::InDoubt => {
+            "Too late. Whether the VM runs on the destination is not known yet."
+        }
+    };
+    match &answer.hint {
+        Some(hint) => format!("{text}\n  hint: {}", line(hint)),
+        None => text.to_owned(),
+    }
+}
+
+/// One of two hosts in a word.
+fn side(side: Side) -> &'static str {
+    match side {
+        Side::Source => "source",
+        Side::Destination => "destination",
+    }
+}
+
+/// What stands in the way, without what to do about it.
+pub(crate) fn blocker(blocker: &Blocker) -> String {
+    line(&format!(
+        "{} ({}, {})",
+        blocker.message,
+        side(blocker.side),
+        blocker.code
+    ))
+}
+
+/// What was looked at.
+pub(crate) fn doctor(report: &DoctorReport) -> String {
+    let mut text = String::new();
+    for passed in &report.passed {
+        text += &format!("ok    {}\n", line(passed));
+    }
+    for found in &report.blockers {
+        text += &format!("STOP  {}\n      {}\n", blocker(found), line(&found.remedy));
+    }
+    if report.blockers.is_empty() {
+        text += "Nothing stands in the way.\n";
+    }
+    text
 }
 
 #[cfg(test)]

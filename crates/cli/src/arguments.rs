@@ -1,0 +1,259 @@
+//! What may be typed: subcommands, options and their help.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use palanquin_api::control::{OperatorAssertion, Strategy};
+use palanquin_api::size::{Bandwidth, HumanDuration};
+
+/// Moves running VMs between hosts, encrypted, so that each lives exactly once
+#[derive(Parser)]
+#[command(name = "palanquin", version, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    /// Control socket of this host's agent
+    #[arg(
+        long,
+        global = true,
+        env = "PALANQUIN_SOCKET",
+        default_value = "/run/palanquin/control.sock"
+    )]
+    pub(crate) socket: PathBuf,
+    /// Answer as JSON, for scripts
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Make an authority and issue certificates
+    #[command(subcommand)]
+    Ca(CaCommand),
+    /// Run, adopt, list and stop VMs
+    #[command(subcommand)]
+    Vm(VmCommand),
+    /// Move a VM to another host
+    Migrate(Migrate),
+    /// Look at migrations, abort and resolve them
+    #[command(subcommand)]
+    Migration(MigrationCommand),
+    /// Find everything that stands in the way of a migration
+    Doctor {
+        /// Destination to check against
+        #[arg(long, value_name = "HOST")]
+        to: Option<String>,
+        /// VM to check
+        #[arg(long, value_name = "NAME")]
+        vm: Option<String>,
+    },
+    /// Show this host
+    Host,
+    /// Check an agent's configuration
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Print completions for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum CaCommand {
+    /// Make an authority in a new directory
+    Init {
+        /// Directory
+        dir: PathBuf,
+        /// Names are spiffe://TRUST-DOMAIN/host/NAME
+        #[arg(long, default_value = "palanquin.internal")]
+        trust_domain: String,
+    },
+    /// Issue a certificate
+    #[command(subcommand)]
+    Issue(Issue),
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Issue {
+    /// For an agent
+    Host(IssueArgs),
+    /// For a person
+    Operator(IssueArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct IssueArgs {
+    /// Name; for a host the one in its agent's configuration
+    pub(crate) name: String,
+    /// Directory of the authority
+    #[arg(long, default_value = ".")]
+    pub(crate) dir: PathBuf,
+    /// Directory for NAME.pem, NAME.key and ca.pem [default: DIR/issued/KIND-NAME]
+    #[arg(long)]
+    pub(crate) out: Option<PathBuf>,
+    /// Days of validity
+    #[arg(long, default_value_t = 90, value_parser = clap::value_parser!(u16).range(1..=3650))]
+    pub(crate) days: u16,
+    /// Address or DNS name to add (can be repeated)
+    #[arg(long = "address")]
+    pub(crate) addresses: Vec<String>,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum VmCommand {
+    /// Start a VM
+    Run {
+        /// Specification (TOML)
+        spec: PathBuf,
+    },
+    /// Take over a running QEMU
+    Adopt {
+        /// Name for the VM
+        name: String,
+        /// Its process ID
+        #[arg(long)]
+        pid: u32,
+        /// A QMP socket of it that nobody else uses
+        #[arg(long)]
+        qmp: PathBuf,
+    },
+    /// List the VMs of this host
+    Ls,
+    /// Show a VM
+    Show {
+        /// Its name
+        name: String,
+    },
+    /// End a VM and remove what is left of it
+    Stop {
+        /// Its name
+        name: String,
+    },
+}
+
+#[derive(Args)]
+pub(crate) struct Migrate {
+    /// Name of the VM
+    pub(crate) vm: String,
+    /// Destination host
+    #[arg(long, value_name = "HOST")]
+    pub(crate) to: String,
+    /// How the pages are moved; auto is pre-copy for now, the others are not there yet
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(crate) strategy: StrategyArg,
+    /// Longest pause aimed at, 1ms to 1h
+    #[arg(long, default_value = "300ms")]
+    pub(crate) max_downtime: HumanDuration,
+    /// Longest time before the migration is aborted, 1s to 7days
+    #[arg(long, default_value = "10min")]
+    pub(crate) deadline: HumanDuration,
+    /// Limit of what goes onto the wire, as in 1gbit or 100MiB/s
+    #[arg(long)]
+    pub(crate) bandwidth: Option<Bandwidth>,
+    /// Data streams, 1 to 16 [default: 2]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub(crate) streams: Option<u16>,
+    /// Wire reduction; auto means off for now, lz4 and zstd are not there yet
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(crate) compress: Compress,
+    /// Return once it has started
+    #[arg(long)]
+    pub(crate) detach: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum StrategyArg {
+    Auto,
+    StopAndCopy,
+    PreCopy,
+    Improved,
+    PostCopy,
+    Hybrid,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Compress {
+    Auto,
+    Off,
+    Lz4,
+    Zstd,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum MigrationCommand {
+    /// List migrations
+    Ls,
+    /// Show a migration
+    Show {
+        /// Its identity, or the beginning of it
+        id: String,
+    },
+    /// Follow a migration to its end
+    Watch {
+        /// Its identity, or the beginning of it
+        id: String,
+    },
+    /// End a migration; says exactly what became of the VM
+    Abort {
+        /// Its identity, or the beginning of it
+        id: String,
+    },
+    /// Ask the destination again about a migration in doubt
+    Resolve {
+        /// Its identity, or the beginning of it
+        id: String,
+        /// What you have verified at the destination yourself, where its agent cannot answer any more
+        #[arg(long, value_enum)]
+        assert: Option<Assertion>,
+    },
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum Assertion {
+    /// The VM does not run there and never will
+    DestinationLostIt,
+    /// The VM runs there
+    DestinationRunsIt,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Name everything that is wrong with a configuration and the files it names
+    Check {
+        /// The file
+        file: PathBuf,
+    },
+}
+
+impl From<StrategyArg> for Strategy {
+    fn from(argument: StrategyArg) -> Self {
+        match argument {
+            StrategyArg::Auto => Self::Auto,
+            StrategyArg::StopAndCopy => Self::StopAndCopy,
+            StrategyArg::PreCopy => Self::PreCopy,
+            StrategyArg::Improved => Self::Improved,
+            StrategyArg::PostCopy => Self::PostCopy,
+            StrategyArg::Hybrid => Self::Hybrid,
+        }
+    }
+}
+
+impl From<Assertion> for OperatorAssertion {
+    fn from(argument: Assertion) -> Self {
+        match argument {
+            Assertion::DestinationLostIt => Self::DestinationLostIt,
+            Assertion::DestinationRunsIt => Self::DestinationRunsIt,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_of_the_arguments_is_sound() {
+        <Cli as clap::CommandFactory>::command().debug_assert();
+    }
+}

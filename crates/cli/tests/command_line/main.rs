@@ -1,0 +1,9 @@
+//! The command line from outside: what it asks the agent, what it prints, what it ends with.
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod agent;
+mod certificates;
+mod migrate;
+mod migration;
+mod vm;

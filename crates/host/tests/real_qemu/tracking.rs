@@ -1,9 +1,11 @@
 //! System calls inside QEMU, and the writes that they make visible.
 
 use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
+use palanquin_host::qemu::Qemu;
 use palanquin_host::vm::{Accel, Hypervisor, Vm, WriteTracker};
 
 use crate::bench::{Bench, Guard, QEMU, sweeps, wait_for};
@@ -124,7 +126,7 @@ fn a_qemu_without_privileges_is_followed_too() {
         .arg(format!("file:{}", console.display()))
         .arg("-qmp")
         .arg(format!("unix:{},server=on,wait=off", qmp.display()))
-        .stdin(std::process::Stdio::null())
+        .stdin(Stdio::null())
         .uid(65534)
         .gid(65534)
         .spawn()
@@ -148,17 +150,54 @@ fn a_qemu_without_privileges_is_followed_too() {
     vm.0.resume().unwrap();
 }
 
-/// In another process, because the kernel must do it when that one is killed.
+const TRACKED: &str = "PALANQUIN_TEST_TRACKED";
+
+/// Only where the next test runs it: tracks the VM that it names, until it is killed.
 #[test]
-fn the_vm_runs_on_when_its_tracker_goes_without_a_word() {
+fn another_process_tracks_until_it_is_killed() {
+    let Ok(tracked) = std::env::var(TRACKED) else {
+        return;
+    };
+    let (pid, dir) = tracked.split_once(' ').unwrap();
+    let dir = std::path::Path::new(dir);
+    let qemu = Qemu::new(QEMU.into(), Vec::new());
+    let vm = qemu.adopt(pid.parse().unwrap(), &dir.join("qmp"), dir);
+    let mut tracker = vm.unwrap().track_writes().unwrap();
+    tracker.collect(&mut |_, _| {}).unwrap();
+    println!("\ntracking");
+    let _ = std::io::stdin().read_line(&mut String::new());
+}
+
+/// In another process, because the kernel must end the tracking when that one is killed.
+#[test]
+fn the_vm_runs_on_when_its_tracker_is_killed_and_is_tracked_anew() {
     let bench = Bench::new();
     let dir = bench.path("a");
     let machine = bench.machine(Accel::Tcg, vec![96 << 20]);
-    let vm = Guard(bench.qemu.spawn(&machine, &dir).unwrap());
+    // The monitor serves one client at a time: this one connects when it is first used.
+    let handle = bench.qemu.spawn(&machine, &dir).unwrap().handle();
+    let vm = Guard(bench.qemu.attach(&handle, &dir).unwrap());
     wait_for("the first sweep", 60, || sweeps(&dir) >= 1);
-    let tracker = vm.0.track_writes().unwrap();
-    // As after a kill: neither dropped nor collected from.
-    std::mem::forget(tracker);
+    let mut tracking = Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "tracking::another_process_tracks_until_it_is_killed",
+            "--nocapture",
+        ])
+        .env(TRACKED, format!("{} {}", handle.pid, dir.display()))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let output = BufReader::new(tracking.stdout.take().unwrap());
+    let begins = output
+        .lines()
+        .map_while(Result::ok)
+        .any(|line| line == "tracking");
+    tracking.kill().unwrap();
+    tracking.wait().unwrap();
+    assert!(begins, "the other process did not track");
     let before = sweeps(&dir);
     wait_for("more sweeps", 60, || sweeps(&dir) >= before + 2);
+    sees_a_whole_sweep(&*vm.0, || sweeps(&dir));
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use palanquin_lab::host::Host;
@@ -33,10 +33,88 @@ pub(crate) struct Sample {
     pub(crate) wire_bytes: u64,
     /// Largest anonymous memory of either agent, in KiB; mapped guest RAM is not anonymous.
     pub(crate) agent_rss_anon_kib: Option<u64>,
+    /// User-mode CPU time of everybody else during the migration, as a share of all CPUs' time, 0 to 1.
+    pub(crate) foreign_share: f64,
+}
+
+/// Others may use at most this share of the machine; with more, it is they who are measured.
+pub(crate) const QUIET: f64 = 0.10;
+
+/// Waits until the rest of the machine is quiet.
+///
+/// # Errors
+///
+/// If it is not within 10 min.
+pub(crate) fn wait_quiet(own: &[u32]) -> Result<()> {
+    wait::until_true(
+        "this machine is quiet enough to measure",
+        Duration::from_secs(600),
+        || {
+            let load = Load::start(own);
+            wait::pause(Duration::from_secs(2))?;
+            Ok(load.finish(Duration::ZERO) < QUIET)
+        },
+    )
+}
+
+/// CPU time of everybody else.
+pub(crate) struct Load {
+    began: Instant,
+    machine: Duration,
+    own: Vec<(u32, Duration, Duration)>,
+}
+
+impl Load {
+    /// Begins to count.
+    fn start(own: &[u32]) -> Self {
+        let used = |pid: &u32| {
+            let now = process::user_time(*pid).unwrap_or_default();
+            (*pid, now, now)
+        };
+        Self {
+            began: Instant::now(),
+            machine: process::machine_user_time().unwrap_or_default(),
+            own: own.iter().map(used).collect(),
+        }
+    }
+
+    /// Looks again; a process that ends later keeps what was seen last.
+    fn look(&mut self) {
+        for (pid, _, last) in &mut self.own {
+            *last = process::user_time(*pid).unwrap_or(*last);
+        }
+    }
+
+    /// Share of the machine that others used; `more` is what else was ours.
+    fn finish(mut self, more: Duration) -> f64 {
+        self.look();
+        let ours: Duration = self
+            .own
+            .iter()
+            .map(|(_, first, last)| last.saturating_sub(*first))
+            .sum();
+        let all = process::machine_user_time()
+            .unwrap_or_default()
+            .saturating_sub(self.machine);
+        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let others = all.saturating_sub(ours + more).as_secs_f64();
+        others / (self.began.elapsed().as_secs_f64() * cpus as f64)
+    }
+}
+
+/// What a watch saw.
+pub(crate) struct Watched {
+    /// CPU time in seconds.
+    pub(crate) cpu_s: f64,
+    /// Largest anonymous memory of an agent in KiB.
+    pub(crate) rss_anon_kib: u64,
+    /// As [`Sample::foreign_share`].
+    pub(crate) foreign_share: f64,
 }
 
 #[derive(Default)]
 struct Seen {
+    load: Option<Load>,
     /// CPU time at the beginning and last, by process.
     cpu: BTreeMap<u32, (Duration, Duration)>,
     rss_anon_kib: u64,
@@ -54,6 +132,7 @@ impl Watch {
     pub(crate) fn start(processes: Vec<u32>, agents: Vec<u32>) -> Self {
         let seen = Arc::new(Mutex::new(Seen::default()));
         let stop = Arc::new(AtomicBool::new(false));
+        let (watched, watched_agents) = (processes.clone(), agents.clone());
         let (shared, stopped) = (Arc::clone(&seen), Arc::clone(&stop));
         let look = move || {
             let mut seen = shared.lock().unwrap_or_else(PoisonError::into_inner);
@@ -62,11 +141,19 @@ impl Watch {
                     seen.cpu.entry(*pid).or_insert((now, now)).1 = now;
                 }
             }
+            if let Some(load) = &mut seen.load {
+                load.look();
+            }
             let anonymous = agents
                 .iter()
                 .filter_map(|pid| process::status_value(*pid, "RssAnon"));
             seen.rss_anon_kib = anonymous.max().unwrap_or(0).max(seen.rss_anon_kib);
         };
+        {
+            let all: Vec<u32> = watched.iter().chain(&watched_agents).copied().collect();
+            let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+            seen.load = Some(Load::start(&all));
+        }
         look();
         let thread = std::thread::spawn(move || {
             while !stopped.load(Ordering::Relaxed) && wait::pause(Duration::from_millis(10)).is_ok()
@@ -78,16 +165,22 @@ impl Watch {
         Self { seen, stop, thread }
     }
 
-    /// Ends; gives the CPU time in seconds and the agents' peak of anonymous memory in KiB.
-    pub(crate) fn finish(self) -> (f64, u64) {
+    /// Ends. `late` are processes of ours that did not exist when the watch began: all that they used counts.
+    pub(crate) fn finish(self, late: &[u32]) -> Watched {
         self.stop.store(true, Ordering::Relaxed);
         let _ = self.thread.join();
-        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let late_user: Duration = late.iter().filter_map(|pid| process::user_time(*pid)).sum();
+        let late_cpu: Duration = late.iter().filter_map(|pid| process::cpu_time(*pid)).sum();
         let used = seen
             .cpu
             .values()
             .map(|(first, last)| last.saturating_sub(*first));
-        (used.sum::<Duration>().as_secs_f64(), seen.rss_anon_kib)
+        Watched {
+            cpu_s: (used.sum::<Duration>() + late_cpu).as_secs_f64(),
+            rss_anon_kib: seen.rss_anon_kib,
+            foreign_share: seen.load.take().map_or(1.0, |load| load.finish(late_user)),
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use palanquin_lab::rig::Rig;
 use palanquin_lab::wait;
 use serde_json::{Value, json};
 
-use crate::measure::{Sample, Watch, sent_bytes};
+use crate::measure::{Sample, Watch, sent_bytes, wait_quiet};
 
 /// How QEMU is to migrate.
 #[derive(Clone, Copy, Debug)]
@@ -144,7 +144,8 @@ pub(crate) fn measure(rig: &Rig, guest: &GuestSpec, way: Way, tls: &Path) -> Res
         "migrate-incoming",
         &json!({"uri": format!("tcp:0.0.0.0:{PORT}")}),
     )?;
-    let pings = Pings::start(&rig.client, crate::peers::GUEST, rig.dir())?;
+    let pings = Pings::start(&rig.client, crate::peers::GUEST)?;
+    wait_quiet(&[outgoing.pid(), incoming.pid()])?;
     let watch = Watch::start(vec![outgoing.pid(), incoming.pid()], Vec::new());
     let sent = sent_bytes(source)?;
     let began = Instant::now();
@@ -160,7 +161,7 @@ pub(crate) fn measure(rig: &Rig, guest: &GuestSpec, way: Way, tls: &Path) -> Res
         })
     })?;
     let total = began.elapsed();
-    let (cpu_s, _) = watch.finish();
+    let watched = watch.finish(&[]);
     let wire_bytes = sent_bytes(source)? - sent;
     incoming.console().wait_beats(3, PATIENCE)?;
     let number = |key: &str| report.get(key).and_then(Value::as_f64).unwrap_or(f64::NAN);
@@ -171,8 +172,9 @@ pub(crate) fn measure(rig: &Rig, guest: &GuestSpec, way: Way, tls: &Path) -> Res
         reported_downtime_ms: number("downtime"),
         event_downtime_ms: Some(resumed.saturating_duration_since(stopped).as_secs_f64() * 1e3),
         ping_gap_ms: pings.finish()?.longest_gap_ms,
-        cpu_s,
+        cpu_s: watched.cpu_s,
         wire_bytes,
         agent_rss_anon_kib: None,
+        foreign_share: watched.foreign_share,
     })
 }

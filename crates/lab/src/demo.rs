@@ -112,7 +112,7 @@ fn leg(rig: &Rig, from: usize, to: usize) -> Result<Leg> {
         source.name(),
         destination.name()
     ));
-    let pings = Pings::start(&rig.client, GUEST, rig.dir())?;
+    let pings = Pings::start(&rig.client, GUEST)?;
     let connection = Connection::start(&rig.client, GUEST)?;
     // The command itself, so that its progress is seen on a terminal.
     let mut command = Command::new(paths::program("palanquin")?);

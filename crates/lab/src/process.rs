@@ -194,6 +194,23 @@ pub fn cpu_time(pid: u32) -> Option<Duration> {
     Some(Duration::from_millis((user + system) * 10))
 }
 
+/// CPU time that a process has used in user mode (proc(5), field 14).
+pub fn user_time(pid: u32) -> Option<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let rest = stat.get(stat.rfind(')')? + 2..)?;
+    let user: u64 = rest.split(' ').nth(11)?.parse().ok()?;
+    Some(Duration::from_millis(user * 10))
+}
+
+/// CPU time that all processes of this machine have used in user mode, over all CPUs (proc(5), `/proc/stat`).
+pub fn machine_user_time() -> Option<Duration> {
+    let stat = std::fs::read_to_string("/proc/stat").ok()?;
+    let mut fields = stat.lines().next()?.split_ascii_whitespace().skip(1);
+    let user: u64 = fields.next()?.parse().ok()?;
+    let nice: u64 = fields.next()?.parse().ok()?;
+    Some(Duration::from_millis((user + nice) * 10))
+}
+
 /// Whether a program can be found.
 pub fn is_installed(program: &str) -> bool {
     let paths = std::env::var_os("PATH").unwrap_or_default();

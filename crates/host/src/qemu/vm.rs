@@ -17,7 +17,9 @@ use super::storage::direct_disks;
 use super::tracker::QemuTracker;
 use crate::Error;
 use crate::process::{Process, boot_id};
-use crate::vm::{Descriptor, GuestRam, Handle, Obstacle, RunState, Vm, WriteTracker};
+use crate::vm::{
+    Descriptor, GuestRam, Handle, MissingPages, Obstacle, RunState, Throttle, Vm, WriteTracker,
+};
 
 /// Longest wait for the process to end after it was killed.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -314,6 +316,18 @@ impl Vm for QemuVm {
         let ram = self.qemu_ram()?;
         let tracker = QemuTracker::start(&self.process, ram);
         Ok(Box::new(self.or_gone(tracker)?))
+    }
+
+    fn miss_pages(&self) -> Result<Arc<dyn MissingPages>, Error> {
+        Err(Error::Ram("post-copy follows".to_owned()))
+    }
+
+    fn post_copy_obstacles(&self) -> Result<Vec<Obstacle>, Error> {
+        Err(Error::Ram("post-copy follows".to_owned()))
+    }
+
+    fn throttle(&self) -> Result<Box<dyn Throttle>, Error> {
+        Err(Error::Ram("the throttle follows".to_owned()))
     }
 
     fn run_state(&self) -> Result<RunState, Error> {

@@ -53,25 +53,47 @@ impl QemuTracker {
     }
 }
 
-impl WriteTracker for QemuTracker {
-    fn collect(&mut self, sink: &mut dyn FnMut(usize, Range<u64>)) -> Result<(), Error> {
-        let first = std::mem::replace(&mut self.is_first, false);
+impl QemuTracker {
+    fn scan(
+        &self,
+        found: track::Found,
+        sink: &mut dyn FnMut(usize, Range<u64>),
+    ) -> Result<(), Error> {
         for (region, mapping) in self.ram.mappings() {
             let range = mapping.address..mapping.address + mapping.len;
-            track::scan(&self.pagemap, &range, &mut |found| {
+            track::scan(&self.pagemap, &range, found, &mut |found| {
                 let page = |address: u64| (address - mapping.address + mapping.offset) / PAGE_SIZE;
-                // Every page is named below: the kernel leaves out huge pages that nobody has touched.
-                if !first {
-                    sink(region, page(found.start)..page(found.end));
-                }
+                sink(region, page(found.start)..page(found.end));
             })?;
         }
-        if first {
-            for (index, region) in self.ram.regions().iter().enumerate() {
-                sink(index, 0..region.size_bytes / PAGE_SIZE);
-            }
-        }
         Ok(())
+    }
+
+    fn every_page(&self, sink: &mut dyn FnMut(usize, Range<u64>)) {
+        for (index, region) in self.ram.regions().iter().enumerate() {
+            sink(index, 0..region.size_bytes / PAGE_SIZE);
+        }
+    }
+}
+
+impl WriteTracker for QemuTracker {
+    fn collect(&mut self, sink: &mut dyn FnMut(usize, Range<u64>)) -> Result<(), Error> {
+        if !self.is_first {
+            return self.scan(track::Found::Protect, sink);
+        }
+        // What it finds is not what is named: the kernel leaves out huge pages that nobody has touched.
+        self.scan(track::Found::Protect, &mut |_, _| {})?;
+        self.is_first = false;
+        self.every_page(sink);
+        Ok(())
+    }
+
+    fn peek(&mut self, sink: &mut dyn FnMut(usize, Range<u64>)) -> Result<(), Error> {
+        if self.is_first {
+            self.every_page(sink);
+            return Ok(());
+        }
+        self.scan(track::Found::Leave, sink)
     }
 }
 

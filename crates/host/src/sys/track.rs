@@ -18,8 +18,8 @@ const UFFDIO_UNREGISTER: libc::c_ulong = 0x8010_aa01;
 const UFFDIO_REGISTER_MODE_WP: u64 = 2;
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
 const PAGE_IS_WRITTEN: u64 = 2;
-/// `PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC`
-const SCAN_FLAGS: u64 = 1 | 2;
+const PM_SCAN_WP_MATCHING: u64 = 1;
+const PM_SCAN_CHECK_WPASYNC: u64 = 2;
 /// Most ranges that one scan gives; it goes on where they end.
 const RANGES: usize = 4096;
 
@@ -106,18 +106,32 @@ pub(crate) fn unregister(uffd: &OwnedFd, range: &Range<u64>) -> Result<(), Error
     check("UFFDIO_UNREGISTER", result.into())
 }
 
-/// Calls `sink` for every range written since the last scan, and protects it again.
+/// What a scan does with the pages that it finds.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Found {
+    /// Protects them again, so that the next scan finds those that are written from now on.
+    Protect,
+    /// Leaves them, so that the next scan finds them too.
+    Leave,
+}
+
+/// Calls `sink` for every range written since the last scan that protected.
 pub(crate) fn scan(
     pagemap: &File,
     range: &Range<u64>,
+    found: Found,
     sink: &mut dyn FnMut(Range<u64>),
 ) -> Result<(), Error> {
+    let flags = match found {
+        Found::Protect => PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
+        Found::Leave => PM_SCAN_CHECK_WPASYNC,
+    };
     let mut ranges = vec![PageRegion::default(); RANGES];
     let mut start = range.start;
     while start < range.end {
         let mut arg = PmScanArg {
             size: size_of::<PmScanArg>() as u64,
-            flags: SCAN_FLAGS,
+            flags,
             start,
             end: range.end,
             walk_end: 0,

@@ -70,6 +70,12 @@ pub enum Error {
     /// One system call inside the hypervisor did not work.
     #[error("the system call inside the hypervisor failed: {0}")]
     Injection(String),
+    /// The kernel would fail where it should wait for a page on the hypervisor's behalf.
+    #[error("accesses of the kernel to missing pages would fail instead of wait: {0}")]
+    FaultPrivilege(String),
+    /// Pages of this region can't be placed one by one.
+    #[error("region {0:?} has huge pages, which cannot arrive one by one")]
+    HugePages(String),
     /// The migration of the device state ended badly.
     #[error("QEMU could not move the device state: {0}")]
     DeviceState(String),

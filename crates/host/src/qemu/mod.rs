@@ -2,8 +2,10 @@
 
 mod allowed;
 mod command_line;
+mod missing;
 mod qmp;
 mod ram;
+mod record;
 mod state;
 mod storage;
 mod text;

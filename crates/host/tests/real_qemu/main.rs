@@ -5,4 +5,5 @@ mod bench;
 mod life;
 mod measure;
 mod migration;
+mod missing;
 mod tracking;

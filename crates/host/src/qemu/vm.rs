@@ -1,5 +1,6 @@
 //! A VM that is a QEMU process.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,6 +20,7 @@ use super::storage::direct_disks;
 use super::tracker::QemuTracker;
 use crate::Error;
 use crate::process::{Process, boot_id};
+use crate::throttle::CgroupThrottle;
 use crate::vm::{
     Descriptor, GuestRam, Handle, MissingPages, Obstacle, RunState, Throttle, Vm, WriteTracker,
 };
@@ -30,6 +32,7 @@ const QUIT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest wait for QEMU to finish its migration before it can resume.
 const FINALIZE_TIMEOUT: Duration = Duration::from_secs(5);
 const CPU_WORDS_MAX: usize = 256;
+const CPUS_MAX: usize = 4096;
 
 pub(crate) struct QemuVm {
     pub(crate) process: Arc<Process>,
@@ -379,7 +382,13 @@ impl Vm for QemuVm {
     }
 
     fn throttle(&self) -> Result<Box<dyn Throttle>, Error> {
-        Err(Error::Ram("the throttle follows".to_owned()))
+        let cpus = self.run(&qmp::query_cpus_fast {})?;
+        let threads = cpus.as_array().into_iter().flatten().take(CPUS_MAX);
+        let threads: BTreeSet<u32> = threads
+            .filter_map(|cpu| u32::try_from(cpu["thread-id"].as_u64()?).ok())
+            .collect();
+        let threads = threads.into_iter().collect();
+        Ok(Box::new(CgroupThrottle::new(&self.process, threads)?))
     }
 
     fn run_state(&self) -> Result<RunState, Error> {

@@ -6,4 +6,5 @@ mod life;
 mod measure;
 mod migration;
 mod missing;
+mod throttling;
 mod tracking;

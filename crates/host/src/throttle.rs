@@ -206,6 +206,8 @@ pub(crate) struct CgroupThrottle {
     process: Arc<Process>,
     threads: Vec<u32>,
     hierarchy: Hierarchy,
+    /// Groups that were made, with those around them: no thread shows them any more when the process has ended.
+    made: BTreeSet<(PathBuf, PathBuf)>,
 }
 
 impl CgroupThrottle {
@@ -220,11 +222,12 @@ impl CgroupThrottle {
             process: Arc::clone(process),
             threads,
             hierarchy,
+            made: BTreeSet::new(),
         })
     }
 
     /// Puts every thread where it can be limited. May be repeated.
-    fn establish(&self) -> Result<Vec<Place>, Error> {
+    fn establish(&mut self) -> Result<Vec<Place>, Error> {
         let pid = self.process.pid();
         let name = format!("{GROUP}{pid}");
         let mut origins: BTreeMap<PathBuf, Vec<u32>> = BTreeMap::new();
@@ -239,6 +242,7 @@ impl CgroupThrottle {
         for (origin, threads) in origins {
             let group = origin.join(&name);
             let count = threads.len();
+            self.made.insert((group.clone(), origin.clone()));
             let made = match self.hierarchy.version {
                 Version::One => make_group(&group),
                 Version::Two => {
@@ -263,6 +267,8 @@ impl CgroupThrottle {
                             origin.display()
                         ))
                     })?;
+                    let mark = origin.join(format!("{MARK}{pid}"));
+                    self.made.insert((mark, origin.clone()));
                     return Ok(vec![Place::Process { group: origin }]);
                 }
             }
@@ -384,6 +390,12 @@ impl Drop for CgroupThrottle {
                 tracing::warn!(%error, "the virtual CPUs stay limited");
             }
             _ => {}
+        }
+        for (group, origin) in self.made.iter().filter(|(group, _)| group.exists()) {
+            if let Err(error) = remove_group(group) {
+                tracing::warn!(%error, "a group stays");
+            }
+            release(&self.hierarchy, origin);
         }
     }
 }
@@ -552,7 +564,7 @@ mod tests {
         let limited = CgroupThrottle::new(&process, vec![thread])
             .and_then(|mut throttle| throttle.set(0.25).map(|()| throttle));
         match limited {
-            Ok(throttle) => {
+            Ok(mut throttle) => {
                 let limited = usage();
                 let places = throttle.establish().unwrap();
                 let place = match &places[0] {

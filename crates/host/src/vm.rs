@@ -37,10 +37,12 @@ pub trait GuestRam: Send + Sync {
     /// page may be torn, and the next collection of the tracker names it again.
     fn read(&self, region: usize, offset: u64, buffer: &mut [u8]) -> Result<(), Error>;
 
-    /// Writes at `offset`.
+    /// Writes at `offset`. A page that was missing holds data then, but who waits for it is not woken: use
+    /// [`MissingPages::place`] there.
     fn write(&self, region: usize, offset: u64, bytes: &[u8]) -> Result<(), Error>;
 
-    /// Makes the range read as zeros and gives its memory back.
+    /// Makes the range read as zeros and gives its memory back; an error if the kernel keeps a part of it (of a huge
+    /// page that can't be split), which then is not missing. Not for a range that the guest writes meanwhile.
     fn discard(&self, region: usize, range: Range<u64>) -> Result<(), Error>;
 }
 
@@ -63,15 +65,17 @@ pub trait WriteTracker: Send {
 /// Pages of a VM that are not here yet. A virtual CPU, or the hypervisor or kernel on its behalf, that touches one
 /// waits until it is placed. Usable from several threads at once.
 ///
+/// A page is there as a whole or not at all, so that [`GuestRam::data_extents`] tells at any time which have arrived.
+///
 /// Dropping it ends nothing: accesses go on waiting, as they do when the agent dies, until somebody calls
 /// [`Vm::miss_pages`] and serves them or [`MissingPages::finish`], or ends the VM. Two of the same VM share the
 /// accesses: each is named to one of them only.
 pub trait MissingPages: Send + Sync {
     /// Waits until missing pages are touched, calls `sink(region, page)` for each access (page in units of
-    /// [`PAGE_SIZE`]) and returns; without any it returns when the time is up. One that waits is named once; a page
-    /// may be named again by others that touch it, and after it was placed: by those that touched it just before, and
-    /// when the guest gave it back to the host meanwhile (a balloon does that). So each name needs a call of
-    /// [`MissingPages::place`] or [`MissingPages::place_zero`], also for a page that was placed before: zeros will do.
+    /// [`PAGE_SIZE`]) and returns; without any it returns when the time is up. A page may be named again, also after it
+    /// was placed: by others that touched it just before, and when the guest gave it back to the host meanwhile (a
+    /// balloon does that). So each name needs a call of [`MissingPages::place`] or [`MissingPages::place_zero`], also
+    /// for a page that was placed before: then zeros will do, as one that is there keeps what it holds.
     fn wait_faults(&self, timeout: Duration, sink: &mut dyn FnMut(usize, u64))
     -> Result<(), Error>;
 
@@ -89,7 +93,8 @@ pub trait MissingPages: Send + Sync {
 /// Holds the virtual CPUs back from outside, so that the guest writes less. Dropping it lifts the limit.
 pub trait Throttle: Send {
     /// Lets the virtual CPUs have this share (0.01 to 1.0) of the processor time that they could use without limit: as
-    /// many processors as there are virtual CPUs, or as the host has for them where that is less.
+    /// many processors as there are virtual CPUs, or as the host has for them where that is less. At 1.0 there is no
+    /// limit. The guest stands still for up to 100 ms at a time.
     fn set(&mut self, share: f64) -> Result<(), Error>;
 }
 

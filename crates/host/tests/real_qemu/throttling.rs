@@ -92,6 +92,20 @@ fn the_virtual_cpus_get_their_share_and_then_all_again() {
 }
 
 #[test]
+fn a_throttle_leaves_nothing_behind_when_the_vm_has_ended() {
+    let bench = Bench::new();
+    let machine = bench.machine(Accel::Tcg, vec![64 << 20]);
+    let vm = Guard(bench.qemu.spawn(&machine, &bench.path("a")).unwrap());
+    let pid = vm.0.handle().pid;
+    let mut throttle = vm.0.throttle().unwrap();
+    throttle.set(0.5).unwrap();
+    vm.0.terminate().unwrap();
+    assert!(throttle.set(0.2).unwrap_err().is_process_gone());
+    drop(throttle);
+    assert!(!has_group_of_ours(Path::new("/sys/fs/cgroup"), pid));
+}
+
+#[test]
 fn a_throttle_that_an_agent_left_is_lifted_by_the_next() {
     let bench = Bench::new();
     let dir = bench.path("a");

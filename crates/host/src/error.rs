@@ -70,6 +70,18 @@ pub enum Error {
     /// One system call inside the hypervisor did not work.
     #[error("the system call inside the hypervisor failed: {0}")]
     Injection(String),
+    /// The kernel would fail where it should wait for a page on the hypervisor's behalf.
+    #[error("accesses of the kernel to missing pages would fail instead of wait: {0}")]
+    FaultPrivilege(String),
+    /// Pages of this region can't be placed one by one.
+    #[error("region {0:?} has huge pages, which cannot arrive one by one")]
+    HugePages(String),
+    /// The processor time of virtual CPUs can't be limited here.
+    #[error("the virtual CPUs cannot be held back: {0}")]
+    Throttle(String),
+    /// No share of processor time.
+    #[error("a share of {0} is not between 0.01 and 1")]
+    ThrottleShare(f64),
     /// The migration of the device state ended badly.
     #[error("QEMU could not move the device state: {0}")]
     DeviceState(String),

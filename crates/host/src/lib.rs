@@ -12,6 +12,7 @@ pub mod facts;
 mod process;
 pub mod qemu;
 mod sys;
+mod throttle;
 pub mod vm;
 mod wait;
 

@@ -6,6 +6,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -36,10 +37,12 @@ pub trait GuestRam: Send + Sync {
     /// page may be torn, and the next collection of the tracker names it again.
     fn read(&self, region: usize, offset: u64, buffer: &mut [u8]) -> Result<(), Error>;
 
-    /// Writes at `offset`.
+    /// Writes at `offset`. A page that was missing holds data then, but who waits for it is not woken: use
+    /// [`MissingPages::place`] there.
     fn write(&self, region: usize, offset: u64, bytes: &[u8]) -> Result<(), Error>;
 
-    /// Makes the range read as zeros and gives its memory back.
+    /// Makes the range read as zeros and gives its memory back; an error if the kernel keeps a part of it (of a huge
+    /// page that can't be split), which then is not missing. Not for a range that the guest writes meanwhile.
     fn discard(&self, region: usize, range: Range<u64>) -> Result<(), Error>;
 }
 
@@ -52,6 +55,47 @@ pub trait WriteTracker: Send {
     /// Calls `sink(region, pages)` for every run of pages (in units of [`PAGE_SIZE`]) written since the
     /// last call, and arms them again. The first call names every page of every region.
     fn collect(&mut self, sink: &mut dyn FnMut(usize, Range<u64>)) -> Result<(), Error>;
+
+    /// Names the same pages as [`WriteTracker::collect`] would now, without arming them: the next collection names
+    /// them again. What was written once more in the middle of a round need not be sent in it (Ma, Liu, Liu:
+    /// "Improved pre-copy", 2010).
+    fn peek(&mut self, sink: &mut dyn FnMut(usize, Range<u64>)) -> Result<(), Error>;
+}
+
+/// Pages of a VM that are not here yet. A virtual CPU, or the hypervisor or kernel on its behalf, that touches one
+/// waits until it is placed. Usable from several threads at once.
+///
+/// A page is there as a whole or not at all, so that [`GuestRam::data_extents`] tells at any time which have arrived.
+///
+/// Dropping it ends nothing: accesses go on waiting, as they do when the agent dies, until somebody calls
+/// [`Vm::miss_pages`] and serves them or [`MissingPages::finish`], or ends the VM. Two of the same VM share the
+/// accesses: each is named to one of them only.
+pub trait MissingPages: Send + Sync {
+    /// Waits until missing pages are touched, calls `sink(region, page)` for each access (page in units of
+    /// [`PAGE_SIZE`]) and returns; without any it returns when the time is up. A page may be named again, also after it
+    /// was placed: by others that touched it just before, and when the guest gave it back to the host meanwhile (a
+    /// balloon does that). So each name needs a call of [`MissingPages::place`] or [`MissingPages::place_zero`], also
+    /// for a page that was placed before: then zeros will do, as one that is there keeps what it holds.
+    fn wait_faults(&self, timeout: Duration, sink: &mut dyn FnMut(usize, u64))
+    -> Result<(), Error>;
+
+    /// Places adjacent pages from `page` on (`bytes`: a multiple of [`PAGE_SIZE`]) and wakes who waits for them. A page
+    /// that holds data already keeps it. Returns how many were placed.
+    fn place(&self, region: usize, page: u64, bytes: &[u8]) -> Result<u64, Error>;
+
+    /// The same with zeros.
+    fn place_zero(&self, region: usize, pages: Range<u64>) -> Result<u64, Error>;
+
+    /// Ends it and wakes everybody: what has not been placed reads as zeros from now on. Idempotent.
+    fn finish(&self) -> Result<(), Error>;
+}
+
+/// Holds the virtual CPUs back from outside, so that the guest writes less. Dropping it lifts the limit.
+pub trait Throttle: Send {
+    /// Lets the virtual CPUs have this share (0.01 to 1.0) of the processor time that they could use without limit: as
+    /// many processors as there are virtual CPUs, or as the host has for them where that is less. At 1.0 there is no
+    /// limit. The guest stands still for up to 100 ms at a time.
+    fn set(&mut self, share: f64) -> Result<(), Error>;
 }
 
 /// What the hypervisor's virtual CPUs do.
@@ -128,6 +172,23 @@ pub trait Vm: Send + Sync {
     /// Starts tracking writes to its RAM.
     fn track_writes(&self) -> Result<Box<dyn WriteTracker>, Error>;
 
+    /// From now on accesses to pages that hold no data wait until they are placed. [`GuestRam::discard`] what is stale
+    /// first, and what was allocated in advance. To be called before [`Vm::load_device_state`]: devices look into
+    /// guest memory when their state is loaded.
+    ///
+    /// It survives the agent: if that dies, accesses go on waiting and never see zeros. An agent that comes back
+    /// calls this after [`Hypervisor::attach`] and gets the accesses that wait, also those that were named before. It
+    /// does so before anything else that asks the hypervisor: that may wait for a page too, and answers nobody until then.
+    fn miss_pages(&self) -> Result<Arc<dyn MissingPages>, Error>;
+
+    /// Why [`Vm::miss_pages`] would not work here, all at once; empty when it would. For a container or a VM whose
+    /// pages are all here.
+    fn post_copy_obstacles(&self) -> Result<Vec<Obstacle>, Error>;
+
+    /// Prepares to hold the virtual CPUs back; nothing is limited before the first [`Throttle::set`]. What an agent
+    /// that died has left is lifted by [`Hypervisor::attach`] and [`Hypervisor::adopt`]. One at a time.
+    fn throttle(&self) -> Result<Box<dyn Throttle>, Error>;
+
     /// What it does now.
     fn run_state(&self) -> Result<RunState, Error>;
 
@@ -144,14 +205,15 @@ pub trait Vm: Send + Sync {
     /// State of CPUs and devices of a paused VM; `limit_bytes` bounds it.
     fn save_device_state(&self, limit_bytes: u64) -> Result<Vec<u8>, Error>;
 
-    /// Loads the state into an incoming container; the VM stays paused. RAM must be complete before.
+    /// Loads the state into an incoming container; the VM stays paused. Before that RAM must be complete, or
+    /// what is not must be missing and served ([`Vm::miss_pages`]) while this runs.
     fn load_device_state(&self, state: &[u8]) -> Result<(), Error>;
 
     /// Ends the hypervisor and waits for it, by force where it does not answer. Idempotent.
     fn terminate(&self) -> Result<(), Error>;
 
     /// Waits until the process has ended or the time is up; true if it has ended.
-    fn wait_ended(&self, timeout: std::time::Duration) -> bool;
+    fn wait_ended(&self, timeout: Duration) -> bool;
 }
 
 /// A VM to be started.

@@ -2,8 +2,10 @@
 
 mod allowed;
 mod command_line;
+mod missing;
 mod qmp;
 mod ram;
+mod record;
 mod state;
 mod storage;
 mod text;
@@ -23,6 +25,7 @@ use self::vm::QemuVm;
 use crate::Error;
 use crate::facts;
 use crate::process::{Process, boot_id};
+use crate::throttle;
 use crate::vm::{
     Descriptor, GuestRam, Handle, Hypervisor, Machine, Obstacle, PAGE_SIZE, PrepareError, RunState,
     Vm,
@@ -137,6 +140,13 @@ impl Qemu {
     }
 }
 
+/// Lifts what an agent that died has left. A VM that can't be let go faster can be used all the same.
+fn lift_throttle(process: &Process) {
+    if let Err(error) = throttle::lift(process) {
+        tracing::warn!(%error, pid = process.pid(), "the virtual CPUs stay limited");
+    }
+}
+
 /// Makes the directory for the agent alone.
 fn make_dir(vm_dir: &Path) -> Result<(), Error> {
     let action = || Error::io(format!("making {}", vm_dir.display()));
@@ -196,15 +206,25 @@ impl Hypervisor for Qemu {
     fn adopt(&self, pid: u32, qmp: &Path, vm_dir: &Path) -> Result<Arc<dyn Vm>, Error> {
         make_dir(vm_dir)?;
         let vm = QemuVm::new(Process::open(pid)?, qmp, vm_dir);
+        lift_throttle(&vm.process);
         vm.run_state()?;
         Ok(Arc::new(vm))
     }
 
     fn attach(&self, handle: &Handle, vm_dir: &Path) -> Result<Arc<dyn Vm>, Error> {
-        let process = Process::open(handle.pid)?;
-        if process.start_ticks() != handle.start_ticks || boot_id()? != handle.boot_id {
-            return Err(Error::ProcessGone { pid: handle.pid });
-        }
+        let process = match Process::open(handle.pid) {
+            Ok(process)
+                if process.start_ticks() == handle.start_ticks && boot_id()? == handle.boot_id =>
+            {
+                process
+            }
+            other => {
+                throttle::remove_abandoned();
+                let gone = Error::ProcessGone { pid: handle.pid };
+                return Err(other.err().unwrap_or(gone));
+            }
+        };
+        lift_throttle(&process);
         Ok(Arc::new(QemuVm::new(process, &handle.qmp, vm_dir)))
     }
 

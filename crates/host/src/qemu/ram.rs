@@ -9,6 +9,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use qapi::qmp;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fstatfs, seek};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 use super::qmp::Monitor;
 use super::text::{guest_address, large_others};
@@ -29,6 +30,7 @@ const OTHER_BLOCK_MAX: u64 = 32 << 20;
 struct Backend {
     region: Region,
     file: File,
+    file_id: FileId,
     /// Where it is mapped in QEMU: (address, offset in the file, length).
     mappings: Vec<Mapping>,
     huge: bool,
@@ -70,11 +72,26 @@ pub(super) struct Mapping {
     writable: bool,
 }
 
+impl Mapping {
+    /// Addresses.
+    pub(super) fn range(&self) -> Range<u64> {
+        self.address..self.address + self.len
+    }
+}
+
 /// Which file is mapped: inode numbers alone are unique only within a file system.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct FileId {
     device: u64,
     inode: u64,
+}
+
+/// Where a backend is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Place {
+    name: String,
+    size_bytes: u64,
+    file: FileId,
 }
 
 /// RAM of a QEMU process.
@@ -103,19 +120,41 @@ impl QemuRam {
         }
         let tree = human(monitor, "info mtree -f")?;
         let mappings = mappings(process.pid())?;
-        let mut backends = Vec::new();
-        for (id, size) in sizes {
-            let (gpa, offset) = guest_address(&tree, &id).ok_or_else(|| {
-                Error::Ram(format!("backend {id:?} is not mapped into the guest"))
+        let mut places = Vec::new();
+        for (name, size_bytes) in sizes {
+            let (gpa, offset) = guest_address(&tree, &name).ok_or_else(|| {
+                Error::Ram(format!("backend {name:?} is not mapped into the guest"))
             })?;
             let answer = human(monitor, &format!("gpa2hva {gpa:#x}"))?;
             let host = answer
                 .rsplit_once(" is 0x")
                 .and_then(|(_, hex)| u64::from_str_radix(hex.trim(), 16).ok())
                 .and_then(|host| host.checked_sub(offset))
-                .ok_or_else(|| Error::Ram(format!("no address for {id:?}: {}", answer.trim())))?;
-            backends.push(Backend::open(process, id, size, host, &mappings)?);
+                .ok_or_else(|| Error::Ram(format!("no address for {name:?}: {}", answer.trim())))?;
+            let here = mappings.iter().find(|m| m.range().contains(&host));
+            let file = here
+                .filter(|m| m.shared && m.file.inode != 0)
+                .map(|m| m.file)
+                .ok_or_else(|| Error::Ram(format!("backend {name:?} is private to QEMU")))?;
+            places.push(Place {
+                name,
+                size_bytes,
+                file,
+            });
         }
+        Self::open(process, places, &mappings)
+    }
+
+    /// Finds it where it was before, without asking QEMU.
+    pub(super) fn find_again(process: &Process, places: Vec<Place>) -> Result<Self, Error> {
+        Self::open(process, places, &mappings(process.pid())?)
+    }
+
+    fn open(process: &Process, places: Vec<Place>, mappings: &[Mapping]) -> Result<Self, Error> {
+        let backends: Vec<Backend> = places
+            .into_iter()
+            .map(|place| Backend::open(process, place, mappings))
+            .collect::<Result<_, _>>()?;
         let memory = if backends.iter().any(|backend| backend.huge) {
             let path = format!("/proc/{}/mem", process.pid());
             let file = OpenOptions::new().write(true).open(path);
@@ -128,6 +167,22 @@ impl QemuRam {
             backends,
             memory,
         })
+    }
+
+    /// Where it is, for [`QemuRam::find_again`].
+    pub(super) fn places(&self) -> Vec<Place> {
+        let place = |backend: &Backend| Place {
+            name: backend.region.name.clone(),
+            size_bytes: backend.region.size_bytes,
+            file: backend.file_id,
+        };
+        self.backends.iter().map(place).collect()
+    }
+
+    /// Names of the regions that have huge pages.
+    pub(super) fn huge_regions(&self) -> impl Iterator<Item = &str> {
+        let huge = self.backends.iter().filter(|backend| backend.huge);
+        huge.map(|backend| backend.region.name.as_str())
     }
 
     /// All that the process has mapped of the regions, with the region's index.
@@ -154,7 +209,7 @@ impl QemuRam {
         let ours: Vec<FileId> = self
             .backends
             .iter()
-            .filter_map(|backend| Some(backend.mappings.first()?.file))
+            .map(|backend| backend.file_id)
             .collect();
         let mut others = Vec::new();
         let entries = fs::read_dir("/proc").map_err(Error::io("listing processes"))?;
@@ -197,45 +252,36 @@ impl QemuRam {
 }
 
 impl Backend {
-    fn open(
-        process: &Process,
-        id: String,
-        size: u64,
-        host: u64,
-        mappings: &[Mapping],
-    ) -> Result<Self, Error> {
-        let here = mappings
+    fn open(process: &Process, place: Place, mappings: &[Mapping]) -> Result<Self, Error> {
+        let Place {
+            name,
+            size_bytes,
+            file: file_id,
+        } = place;
+        let mappings: Vec<Mapping> = mappings
             .iter()
-            .find(|m| (m.address..m.address + m.len).contains(&host));
-        let Some(file_id) = here
-            .filter(|m| m.shared && m.file.inode != 0)
-            .map(|m| m.file)
-        else {
-            return Err(Error::Ram(format!("backend {id:?} is private to QEMU")));
-        };
+            .filter(|m| m.shared && m.file == file_id)
+            .cloned()
+            .collect();
+        if mappings.is_empty() {
+            return Err(Error::Ram(format!("backend {name:?} is not mapped")));
+        }
         let file = open_by_id(process.pid(), file_id)?
-            .ok_or_else(|| Error::Ram(format!("no descriptor for backend {id:?}")))?;
+            .ok_or_else(|| Error::Ram(format!("no descriptor for backend {name:?}")))?;
         let len = file
             .metadata()
             .map_err(Error::io("looking at guest RAM"))?
             .len();
-        if len != size || !size.is_multiple_of(PAGE_SIZE) {
+        if len != size_bytes || !size_bytes.is_multiple_of(PAGE_SIZE) {
             return Err(Error::Ram(format!(
-                "backend {id:?} has {len} bytes, expected {size}"
+                "backend {name:?} has {len} bytes, expected {size_bytes}"
             )));
         }
         let file_system = fstatfs(&file).map_err(Error::call("fstatfs"))?.f_type;
-        let mappings: Vec<Mapping> = mappings
-            .iter()
-            .filter(|m| m.file == file_id)
-            .cloned()
-            .collect();
         Ok(Self {
-            region: Region {
-                name: id,
-                size_bytes: size,
-            },
+            region: Region { name, size_bytes },
             file,
+            file_id,
             mappings,
             huge: file_system.cast_unsigned() == HUGETLBFS_MAGIC,
         })
@@ -371,7 +417,18 @@ impl GuestRam for QemuRam {
         }
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&backend.file, flags, range.start, end - range.start)
-            .map_err(Error::call("fallocate(PUNCH_HOLE)"))
+            .map_err(Error::call("fallocate(PUNCH_HOLE)"))?;
+        if backend.huge {
+            return Ok(());
+        }
+        // A part of a huge page that can't be split just now is zeroed and stays: there it would not be missing.
+        match seek(&backend.file, SeekFrom::Data(range.start)) {
+            Ok(at) if at < end => Err(Error::Ram(format!(
+                "memory at {at:#x} was not given back; turn off transparent huge pages of shared memory"
+            ))),
+            Ok(_) | Err(Errno::NXIO) => Ok(()),
+            Err(errno) => Err(Error::call("lseek(SEEK_DATA)")(errno)),
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use rustix::process::{ForeignRawFd, PidfdGetfdFlags, pidfd_getfd};
 use super::ram::QemuRam;
 use crate::Error;
 use crate::process::Process;
-use crate::sys::{inject, track};
+use crate::sys::{inject, track, uffd};
 use crate::vm::{GuestRam, PAGE_SIZE, WriteTracker};
 
 /// Follows the writes of a QEMU process to its RAM.
@@ -26,10 +26,7 @@ impl Drop for QemuTracker {
     fn drop(&mut self) {
         // A process that is being forked just now holds a copy for a moment; the next tracking need not wait.
         for (_, mapping) in self.ram.mappings() {
-            let _ = track::unregister(
-                &self.uffd,
-                &(mapping.address..mapping.address + mapping.len),
-            );
+            let _ = uffd::unregister(&self.uffd, &mapping.range());
         }
     }
 }
@@ -38,9 +35,9 @@ impl QemuTracker {
     /// Starts to follow.
     pub(crate) fn start(process: &Process, ram: Arc<QemuRam>) -> Result<Self, Error> {
         let uffd = take_userfaultfd(process)?;
-        track::enable(&uffd)?;
+        uffd::enable(&uffd, uffd::FOLLOW_WRITES)?;
         for (_, mapping) in ram.mappings() {
-            track::register(&uffd, &(mapping.address..mapping.address + mapping.len))?;
+            uffd::register(&uffd, &mapping.range(), uffd::Mode::WriteProtect)?;
         }
         let pagemap = File::open(format!("/proc/{}/pagemap", process.pid()))
             .map_err(Error::io("opening QEMU's page map"))?;
@@ -53,25 +50,46 @@ impl QemuTracker {
     }
 }
 
-impl WriteTracker for QemuTracker {
-    fn collect(&mut self, sink: &mut dyn FnMut(usize, Range<u64>)) -> Result<(), Error> {
-        let first = std::mem::replace(&mut self.is_first, false);
+impl QemuTracker {
+    fn scan(
+        &self,
+        found: track::Found,
+        sink: &mut dyn FnMut(usize, Range<u64>),
+    ) -> Result<(), Error> {
         for (region, mapping) in self.ram.mappings() {
-            let range = mapping.address..mapping.address + mapping.len;
-            track::scan(&self.pagemap, &range, &mut |found| {
+            track::scan(&self.pagemap, &mapping.range(), found, &mut |found| {
                 let page = |address: u64| (address - mapping.address + mapping.offset) / PAGE_SIZE;
-                // Every page is named below: the kernel leaves out huge pages that nobody has touched.
-                if !first {
-                    sink(region, page(found.start)..page(found.end));
-                }
+                sink(region, page(found.start)..page(found.end));
             })?;
         }
-        if first {
-            for (index, region) in self.ram.regions().iter().enumerate() {
-                sink(index, 0..region.size_bytes / PAGE_SIZE);
-            }
-        }
         Ok(())
+    }
+
+    fn every_page(&self, sink: &mut dyn FnMut(usize, Range<u64>)) {
+        for (index, region) in self.ram.regions().iter().enumerate() {
+            sink(index, 0..region.size_bytes / PAGE_SIZE);
+        }
+    }
+}
+
+impl WriteTracker for QemuTracker {
+    fn collect(&mut self, sink: &mut dyn FnMut(usize, Range<u64>)) -> Result<(), Error> {
+        if !self.is_first {
+            return self.scan(track::Found::Protect, sink);
+        }
+        // What it finds is not what is named: the kernel leaves out huge pages that nobody has touched.
+        self.scan(track::Found::Protect, &mut |_, _| {})?;
+        self.is_first = false;
+        self.every_page(sink);
+        Ok(())
+    }
+
+    fn peek(&mut self, sink: &mut dyn FnMut(usize, Range<u64>)) -> Result<(), Error> {
+        if self.is_first {
+            self.every_page(sink);
+            return Ok(());
+        }
+        self.scan(track::Found::Leave, sink)
     }
 }
 
@@ -85,7 +103,7 @@ fn take_userfaultfd(process: &Process) -> Result<OwnedFd, Error> {
             remote as ForeignRawFd,
             PidfdGetfdFlags::empty(),
         );
-        stopped.syscall(libc::SYS_close, u64::from(remote.cast_unsigned()), 0)?;
+        stopped.syscall(libc::SYS_close, [remote.cast_unsigned().into(), 0, 0])?;
         ours.map_err(Error::call("pidfd_getfd"))
     })
 }
@@ -93,11 +111,11 @@ fn take_userfaultfd(process: &Process) -> Result<OwnedFd, Error> {
 fn make_userfaultfd(stopped: &mut inject::Stopped) -> Result<i32, Error> {
     const FLAGS: u64 = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64;
     const USER_MODE_ONLY: u64 = 1;
-    let mut result = stopped.syscall(libc::SYS_userfaultfd, FLAGS, 0)?;
+    let mut result = stopped.syscall(libc::SYS_userfaultfd, [FLAGS, 0, 0])?;
     if result == -i64::from(libc::EPERM) {
         // What a QEMU without CAP_SYS_PTRACE may have. Asynchronous protection raises no faults that anybody has to
         // serve, so that the kernel's own writes are followed with it as well.
-        result = stopped.syscall(libc::SYS_userfaultfd, FLAGS | USER_MODE_ONLY, 0)?;
+        result = stopped.syscall(libc::SYS_userfaultfd, [FLAGS | USER_MODE_ONLY, 0, 0])?;
     }
     if let Some(remote) = i32::try_from(result).ok().filter(|fd| *fd >= 0) {
         return Ok(remote);

@@ -1,5 +1,6 @@
 //! A VM that is a QEMU process.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,15 +10,20 @@ use qapi::qmp;
 use serde_json::Value;
 
 use super::command_line::portable;
+use super::missing::QemuMissing;
 use super::obstacle;
 use super::qmp::Monitor;
 use super::ram::QemuRam;
+use super::record;
 use super::state;
 use super::storage::direct_disks;
 use super::tracker::QemuTracker;
 use crate::Error;
 use crate::process::{Process, boot_id};
-use crate::vm::{Descriptor, GuestRam, Handle, Obstacle, RunState, Vm, WriteTracker};
+use crate::throttle::CgroupThrottle;
+use crate::vm::{
+    Descriptor, GuestRam, Handle, MissingPages, Obstacle, RunState, Throttle, Vm, WriteTracker,
+};
 
 /// Longest wait for the process to end after it was killed.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -26,9 +32,10 @@ const QUIT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest wait for QEMU to finish its migration before it can resume.
 const FINALIZE_TIMEOUT: Duration = Duration::from_secs(5);
 const CPU_WORDS_MAX: usize = 256;
+const CPUS_MAX: usize = 4096;
 
 pub(crate) struct QemuVm {
-    pub(crate) process: Process,
+    pub(crate) process: Arc<Process>,
     pub(crate) monitor: Monitor,
     dir: PathBuf,
     ram: Mutex<Option<Arc<QemuRam>>>,
@@ -38,7 +45,7 @@ impl QemuVm {
     pub(crate) fn new(process: Process, qmp: &Path, dir: &Path) -> Self {
         let monitor = Monitor::new(qmp);
         Self {
-            process,
+            process: Arc::new(process),
             monitor,
             dir: dir.to_owned(),
             ram: Mutex::new(None),
@@ -68,20 +75,27 @@ impl QemuVm {
         if let Some(ram) = &*ram {
             return Ok(Arc::clone(ram));
         }
-        let found = Arc::new(self.or_gone(QemuRam::find(&self.process, &self.monitor))?);
+        let noted = record::read(&self.dir, &self.process);
+        let found = noted.map_or_else(|| QemuRam::find(&self.process, &self.monitor), Ok);
+        let found = Arc::new(self.or_gone(found)?);
         *ram = Some(Arc::clone(&found));
         Ok(found)
     }
 
-    fn ram_obstacles(&self, ram: &Arc<QemuRam>) -> Result<Vec<Obstacle>, Error> {
-        let mut obstacles = Vec::new();
-        for other in ram.shared_with(self.process.pid())? {
-            obstacles.push(obstacle(
+    fn shared_ram(&self, ram: &QemuRam) -> Result<Vec<Obstacle>, Error> {
+        let others = ram.shared_with(self.process.pid())?;
+        let others = others.into_iter().map(|other| {
+            obstacle(
                 "ram-shared",
                 format!("process {other} has the VM's memory mapped too and can write it unseen"),
                 "Remove the device that it serves, or end it.",
-            ));
-        }
+            )
+        });
+        Ok(others.collect())
+    }
+
+    fn ram_obstacles(&self, ram: &Arc<QemuRam>) -> Result<Vec<Obstacle>, Error> {
+        let mut obstacles = self.shared_ram(ram)?;
         for (name, bytes) in self.or_gone(ram.large_others(&self.monitor))? {
             obstacles.push(obstacle(
                 "ram-private",
@@ -192,6 +206,22 @@ impl QemuVm {
     }
 }
 
+fn private_ram(message: String) -> Obstacle {
+    obstacle(
+        "ram-private",
+        message,
+        "Start the VM with `-object memory-backend-memfd,id=ram,size=SIZE,share=on -machine ...,memory-backend=ram`.",
+    )
+}
+
+fn huge_pages(region: &str) -> Obstacle {
+    obstacle(
+        "post-copy-huge-pages",
+        Error::HugePages(region.to_owned()).to_string(),
+        "Choose a strategy without post-copy, or start the VM with memory that has no huge pages.",
+    )
+}
+
 /// Devices that write guest RAM past QEMU, so that their writes can't be followed.
 fn device_obstacles(arguments: &[String]) -> Vec<Obstacle> {
     // Names and texts may contain anything.
@@ -242,12 +272,7 @@ impl Vm for QemuVm {
         let mut obstacles = device_obstacles(&self.arguments()?);
         match self.qemu_ram() {
             Ok(ram) => obstacles.extend(self.ram_obstacles(&ram)?),
-            Err(Error::Ram(message)) => obstacles.push(obstacle(
-                "ram-private",
-                message,
-                "Start the VM with `-object memory-backend-memfd,id=ram,size=SIZE,share=on -machine \
-                 ...,memory-backend=ram`.",
-            )),
+            Err(Error::Ram(message)) => obstacles.push(private_ram(message)),
             Err(error) => return Err(error),
         }
         let nodes = self.run(&qmp::query_named_block_nodes { flat: Some(true) })?;
@@ -314,6 +339,56 @@ impl Vm for QemuVm {
         let ram = self.qemu_ram()?;
         let tracker = QemuTracker::start(&self.process, ram);
         Ok(Box::new(self.or_gone(tracker)?))
+    }
+
+    fn miss_pages(&self) -> Result<Arc<dyn MissingPages>, Error> {
+        let ram = self.qemu_ram()?;
+        let started = QemuMissing::start(&self.process, &self.monitor, &ram, &self.dir);
+        Ok(Arc::new(self.or_gone(started)?))
+    }
+
+    fn post_copy_obstacles(&self) -> Result<Vec<Obstacle>, Error> {
+        let mut obstacles = device_obstacles(&self.arguments()?);
+        let ram = match self.qemu_ram() {
+            Ok(ram) => ram,
+            Err(Error::Ram(message)) => {
+                obstacles.push(private_ram(message));
+                return Ok(obstacles);
+            }
+            Err(error) => return Err(error),
+        };
+        obstacles.extend(self.shared_ram(&ram)?);
+        let huge: Vec<Obstacle> = ram.huge_regions().map(huge_pages).collect();
+        if !huge.is_empty() {
+            obstacles.extend(huge);
+            return Ok(obstacles);
+        }
+        // The proof that it works is to do it.
+        match self.or_gone(QemuMissing::probe(&self.process, &self.monitor, &ram)) {
+            Ok(()) => {}
+            Err(error @ Error::ProcessGone { .. }) => return Err(error),
+            Err(error @ Error::FaultPrivilege(_)) => obstacles.push(obstacle(
+                "post-copy-privilege",
+                chain(&error),
+                "Let the agent open /dev/userfaultfd, or set vm.unprivileged_userfaultfd=1.",
+            )),
+            Err(error) => obstacles.push(obstacle(
+                "post-copy",
+                format!("accesses to missing pages cannot be caught: {}", chain(&error)),
+                "Linux 6.7 or newer is needed, and an agent with CAP_SYS_PTRACE that no other tracer forestalls.",
+            )),
+        }
+        Ok(obstacles)
+    }
+
+    fn throttle(&self) -> Result<Box<dyn Throttle>, Error> {
+        let cpus = self.run(&qmp::query_cpus_fast {})?;
+        let threads = cpus.as_array().into_iter().flatten().take(CPUS_MAX);
+        let threads: BTreeSet<u32> = threads
+            .filter_map(|cpu| u32::try_from(cpu["thread-id"].as_u64()?).ok())
+            .collect();
+        let threads = threads.into_iter().collect();
+        Ok(Box::new(CgroupThrottle::new(&self.process, threads)?))
     }
 
     fn run_state(&self) -> Result<RunState, Error> {

@@ -145,13 +145,12 @@ impl Stopped {
         Ok(())
     }
 
-    /// Executes a system call with up to two arguments and gives what it returns: negative for an error.
-    pub(crate) fn syscall(&mut self, number: i64, first: u64, second: u64) -> Result<i64, Error> {
+    /// Executes a system call with up to three arguments and gives what it returns: negative for an error.
+    pub(crate) fn syscall(&mut self, number: i64, arguments: [u64; 3]) -> Result<i64, Error> {
         let mut registers = self.saved;
         registers.rip = self.syscall_at;
         registers.rax = number.cast_unsigned();
-        registers.rdi = first;
-        registers.rsi = second;
+        [registers.rdi, registers.rsi, registers.rdx] = arguments;
         // Not within a system call: otherwise the kernel might restart one here.
         registers.orig_rax = u64::MAX;
         self.set_registers(&registers)?;

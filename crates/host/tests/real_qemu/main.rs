@@ -5,4 +5,6 @@ mod bench;
 mod life;
 mod measure;
 mod migration;
+mod missing;
+mod throttling;
 mod tracking;

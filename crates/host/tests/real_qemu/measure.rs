@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use palanquin_host::vm::{Accel, Hypervisor};
 
 use crate::bench::{Bench, Guard, copy, data_pages, sweeps, wait_for};
+use crate::missing::{Server, halfway};
 
 const MIB: u64 = 1 << 20;
 
@@ -111,6 +112,64 @@ fn pause_save_load_resume() {
             median(load),
             median(resume),
             median(prepare)
+        );
+    }
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn missing_pages() {
+    for accel in [Accel::Tcg, Accel::Auto] {
+        let bench = Bench::new();
+        let (source, state, destination) = halfway(&bench, accel, 96 * MIB);
+        let dir = bench.path("b");
+        let mut start = Vec::new();
+        let missing = timed(&mut start, || destination.0.miss_pages().unwrap());
+        let server = Server::start(source.0.ram().unwrap(), missing);
+        destination.0.load_device_state(&state).unwrap();
+        let began = Instant::now();
+        destination.0.resume().unwrap();
+        wait_for("two sweeps", 60, || sweeps(&dir) >= 2);
+        let ran = began.elapsed();
+        let times = server.end();
+        let faults = u32::try_from(times.len()).unwrap();
+        println!(
+            "{accel:?}: misses pages after {:?}; {faults} faults, each read and placed in {:?}; the guest lost at most {:?} \
+             with each",
+            start[0],
+            median(times),
+            ran / faults,
+        );
+    }
+    let bench = Bench::new();
+    let machine = bench.machine(Accel::Tcg, vec![1536 * MIB]);
+    let source = Guard(bench.qemu.spawn(&machine, &bench.path("a")).unwrap());
+    let descriptor = source.0.describe().unwrap();
+    // The first one takes memory that the machine may not have had yet.
+    for pages in [256, 1, 16, 256] {
+        let container = bench.qemu.prepare(&descriptor, &bench.path("b"), 8 << 30);
+        let vm = Guard(container.unwrap_or_else(|error| panic!("{error:?}")));
+        let missing = vm.0.miss_pages().unwrap();
+        let block = vec![0x5a; pages * 4096];
+        let (mut place, mut again, mut zero) = (vec![], vec![], vec![]);
+        let blocks = (128 << 8..1152 << 8).step_by(pages);
+        timed(&mut place, || {
+            blocks.clone().for_each(|page| {
+                missing.place(0, page, &block).unwrap();
+            });
+        });
+        timed(&mut again, || {
+            blocks.for_each(|page| {
+                missing.place(0, page, &block).unwrap();
+            });
+        });
+        timed(&mut zero, || missing.place_zero(0, 0..128 << 8).unwrap());
+        let rate = |bytes: u64, time: &[Duration]| bytes as f64 / 1e9 / time[0].as_secs_f64();
+        println!(
+            "{pages} pages at once: placed {:.2} GB/s, found there already {:.2} GB/s; zeros {:.2} GB/s",
+            rate(1 << 30, &place),
+            rate(1 << 30, &again),
+            rate(128 << 20, &zero)
         );
     }
 }

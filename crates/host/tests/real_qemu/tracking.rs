@@ -72,6 +72,35 @@ fn every_page_of_a_sweep_is_seen_and_none_of_a_paused_vm() {
 }
 
 #[test]
+fn a_peek_names_what_was_written_and_leaves_it_to_the_collection() {
+    let bench = Bench::new();
+    let dir = bench.path("a");
+    let machine = bench.machine(Accel::Tcg, vec![96 << 20]);
+    let vm = Guard(bench.qemu.spawn(&machine, &dir).unwrap());
+    wait_for("the first sweep", 60, || sweeps(&dir) >= 1);
+    let peeked = |tracker: &mut dyn WriteTracker| {
+        let mut pages = BTreeSet::new();
+        tracker.peek(&mut |_, found| pages.extend(found)).unwrap();
+        pages
+    };
+    let mut tracker = vm.0.track_writes().unwrap();
+    assert_eq!(peeked(&mut *tracker).len(), 24576);
+    assert_eq!(
+        written(&mut *tracker).len(),
+        24576,
+        "the first collection names every page after a peek too"
+    );
+    let before = sweeps(&dir);
+    wait_for("two sweeps", 60, || sweeps(&dir) >= before + 2);
+    vm.0.pause().unwrap();
+    let peeks = [peeked(&mut *tracker), peeked(&mut *tracker)];
+    assert!(peeks[0].is_superset(&swept()));
+    assert_eq!(peeks[0], peeks[1]);
+    assert_eq!(written(&mut *tracker), peeks[0]);
+    assert!(peeked(&mut *tracker).is_empty(), "they were collected");
+}
+
+#[test]
 fn a_page_that_was_written_and_then_discarded_is_seen() {
     let bench = Bench::new();
     let dir = bench.path("a");

@@ -65,3 +65,30 @@ fn a_hot_guest_arrives_whole_with_every_kind_of_reduction() -> Result<()> {
     ensure!(zstd.bytes_on_wire < off.bytes_on_wire, "{zstd:?} {off:?}");
     Ok(())
 }
+
+/// Prints how long moves take with and without reduction; for quiet machines and release builds.
+#[test]
+#[ignore = "a measurement"]
+fn times_with_and_without_reduction() -> Result<()> {
+    for (link, fill_mib) in [(None, 512), (Some(1000), 64)] {
+        let rig = Rig::new(&RigSpec {
+            link_mbit_s: link,
+            ..RigSpec::default()
+        })?;
+        let mut guest = GuestSpec::small("idle").filled(fill_mib);
+        guest.memory_mib = vec![fill_mib + 192];
+        guest.dirty_mib_s = 0;
+        let console = rig.hosts[0].boot(&guest)?;
+        console.wait_beats(2, LONG)?;
+        let modes = ["off", "auto"].into_iter().cycle().take(8);
+        for (compress, (from, to)) in modes.zip([(0, 1), (1, 0)].into_iter().cycle()) {
+            let told = rig.migrate("idle", from, to, &["--compress", compress])?;
+            let info = told.expect_status(0)?.migration()?;
+            eprintln!(
+                "link {link:?}, {fill_mib} MiB of noise, {compress}: {:.0} ms, downtime {:.1} ms, {} of {} bytes",
+                info.total_time_ms, info.downtime_ms, info.bytes_on_wire, info.bytes_guest
+            );
+        }
+    }
+    Ok(())
+}

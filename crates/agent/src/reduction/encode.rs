@@ -60,8 +60,10 @@ struct Packer {
 impl Packer {
     /// Compresses to `self.packed`, behind room for a header; the length if that is worth the receiver's work.
     fn pack(&mut self, codec: Codec, input: &[u8]) -> Option<usize> {
-        if self.packed.is_empty() {
-            self.packed = vec![0; HEADER_BYTES + get_maximum_output_size(PAYLOAD_MAX)];
+        // Samples need little; the rest comes with the first block that is compressed.
+        let room = HEADER_BYTES + get_maximum_output_size(input.len());
+        if self.packed.len() < room {
+            self.packed.resize(room, 0);
         }
         let output = self.packed.get_mut(HEADER_BYTES..)?;
         let limit = input.len() - input.len() / 32;

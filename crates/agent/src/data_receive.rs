@@ -3,22 +3,22 @@
 use std::io::{self, BufRead, Read};
 use std::net::TcpStream;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use palanquin_engine::frame::{Frame, FrameError, HEADER_BYTES, PAYLOAD_MAX};
 use palanquin_engine::message::Seal;
-use palanquin_engine::pages::{Block, PAGE_BYTES, RamLayout};
+use palanquin_engine::pages::RamLayout;
 use palanquin_host::vm::GuestRam;
 use rustls::Connection;
 
 use crate::digest::{Digests, sha256};
+use crate::reduction::decode::{DecodeError, Decoder, Target};
 use crate::tls::Authenticated;
 
 /// Bytes taken from the socket at once.
 const READ_BYTES: usize = 256 * 1024;
-const PAGE: usize = PAGE_BYTES as usize;
 
 /// Why a stream ended before its time.
 #[derive(Debug, thiserror::Error)]
@@ -32,9 +32,9 @@ pub enum ReceiveError {
     /// A header breaks a rule.
     #[error("a frame breaks the protocol: {0}")]
     Frame(#[from] FrameError),
-    /// Guest memory.
-    #[error("guest memory cannot be written: {0}")]
-    Memory(#[from] palanquin_host::Error),
+    /// Pages break a rule, or guest memory cannot be written.
+    #[error("pages cannot be taken: {0}")]
+    Pages(#[from] DecodeError),
     /// Frames in an order that no source sends.
     #[error("a frame came out of turn: {0}")]
     Order(&'static str),
@@ -191,6 +191,10 @@ pub struct Shared {
     pub device_state_max: u64,
     /// Guest page bytes that arrived.
     pub guest_bytes: AtomicU64,
+    /// Number of streams of the migration.
+    pub streams: usize,
+    /// Whether pages may refer to what was sent before: not once the VM runs here. Must be cleared before it does.
+    pub references: AtomicBool,
 }
 
 /// What a stream tells.
@@ -213,7 +217,8 @@ pub fn receive(inbound: &mut Inbound, index: u16, shared: &Shared, report: &dyn 
         index,
         shared,
         last: false,
-        buffer: Vec::new(),
+        buffer: vec![0; PAYLOAD_MAX],
+        decoder: Decoder::new(index.into()),
         chunks: 0,
     };
     if let Err(error) = stream.run(report) {
@@ -227,12 +232,12 @@ struct Stream<'a> {
     shared: &'a Shared,
     last: bool,
     buffer: Vec<u8>,
+    decoder: Decoder,
     chunks: u32,
 }
 
 impl Stream<'_> {
     fn run(&mut self, report: &dyn Fn(Report)) -> Result<(), ReceiveError> {
-        self.buffer = vec![0; PAYLOAD_MAX];
         let mut header = [0; HEADER_BYTES];
         loop {
             if !self.inbound.read_exact(&mut header)? {
@@ -244,24 +249,10 @@ impl Stream<'_> {
             }
             let frame = Frame::decode(&header, &self.shared.layout)?;
             let len = frame.payload_bytes();
-            let mut buffer = std::mem::take(&mut self.buffer);
-            let complete = len == 0 || self.inbound.read_exact(&mut buffer[..len])?;
-            self.buffer = buffer;
-            if !complete {
+            if len > 0 && !self.inbound.read_exact(&mut self.buffer[..len])? {
                 return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
             }
             match frame {
-                Frame::Pages(_) | Frame::Zero(_) | Frame::RoundEnd { .. } if self.last => {
-                    return Err(ReceiveError::Order(
-                        "pages or a round behind the last round",
-                    ));
-                }
-                Frame::Pages(block) => self.pages(block)?,
-                Frame::Zero(block) => self.zero(block)?,
-                Frame::RoundEnd { round, last } => {
-                    self.last = last;
-                    report(Report::RoundEnd { round, last });
-                }
                 Frame::DeviceState { chunk, .. } => {
                     if self.index != 0 || !self.last || chunk != self.chunks {
                         return Err(ReceiveError::Order("a piece of device state"));
@@ -270,45 +261,35 @@ impl Stream<'_> {
                     let limit = self.shared.device_state_max;
                     self.shared.device_state.push(&self.buffer[..len], limit)?;
                 }
+                _ if self.last => {
+                    return Err(ReceiveError::Order(
+                        "pages or a round behind the last round",
+                    ));
+                }
+                Frame::RoundEnd { round, last } => {
+                    self.last = last;
+                    report(Report::RoundEnd { round, last });
+                }
+                Frame::Pages(_)
+                | Frame::Zero(_)
+                | Frame::Compressed { .. }
+                | Frame::Delta { .. }
+                | Frame::Duplicate(_) => self.pages(&frame, len)?,
             }
         }
     }
 
-    fn pages(&mut self, block: Block) -> Result<(), ReceiveError> {
+    fn pages(&mut self, frame: &Frame, len: usize) -> Result<(), ReceiveError> {
         let shared = self.shared;
-        let mut from = 0;
-        for run in block.runs() {
-            let first = block.first_page() + u64::from(run.start);
-            let len = (run.end - run.start) as usize * PAGE;
-            let bytes = &self.buffer[from..from + len];
-            shared
-                .ram
-                .write(usize::from(block.region), first * PAGE_BYTES, bytes)?;
-            for (page, contents) in (first..).zip(bytes.chunks_exact(PAGE)) {
-                // A page of zeros in this encoding would count as another memory on the other side.
-                shared.digests.set(block.region, page, contents);
-            }
-            from += len;
-        }
-        shared.guest_bytes.fetch_add(from as u64, Ordering::Relaxed);
-        Ok(())
-    }
-
-    fn zero(&mut self, block: Block) -> Result<(), ReceiveError> {
-        let shared = self.shared;
-        for run in block.runs() {
-            let pages =
-                block.first_page() + u64::from(run.start)..block.first_page() + u64::from(run.end);
-            let mut held_data = false;
-            for page in pages.clone() {
-                held_data |= shared.digests.set_zero(block.region, page);
-            }
-            // Memory that never held anything is a hole already.
-            if held_data {
-                let bytes = pages.start * PAGE_BYTES..pages.end * PAGE_BYTES;
-                shared.ram.discard(usize::from(block.region), bytes)?;
-            }
-        }
+        let target = Target {
+            ram: shared.ram.as_ref(),
+            layout: &shared.layout,
+            digests: &shared.digests,
+            streams: shared.streams,
+            references: shared.references.load(Ordering::Relaxed),
+        };
+        let bytes = self.decoder.apply(frame, &self.buffer[..len], &target)?;
+        shared.guest_bytes.fetch_add(bytes, Ordering::Relaxed);
         Ok(())
     }
 }

@@ -3,19 +3,23 @@
 use std::io::{self, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use palanquin_engine::frame::{Frame, HEADER_BYTES, PAYLOAD_MAX};
+use palanquin_api::control::Compress;
+use palanquin_engine::frame::{Frame, PAYLOAD_MAX};
 use palanquin_engine::pages::{Block, PAGE_BYTES, PageSet};
 use palanquin_engine::progress::SentCounters;
 use palanquin_host::vm::GuestRam;
+use rustix::time::{ClockId, clock_gettime};
 use rustls::Connection;
 
-use crate::digest::{Digests, is_zero};
+use crate::digest::Digests;
 use crate::pace::Pace;
+use crate::reduction::encode::{Counts, Encoder};
+use crate::reduction::stream_of;
 use crate::tls::Authenticated;
 
 /// Bytes encrypted before they are handed to the socket: stays within the cache.
@@ -42,6 +46,10 @@ pub enum SendError {
 #[derive(Debug, Default)]
 pub struct Counters {
     pages_raw: AtomicU64,
+    pages_delta: AtomicU64,
+    pages_duplicate: AtomicU64,
+    pages_compressed: AtomicU64,
+    saved_bytes: AtomicU64,
     pages_zero: AtomicU64,
     wire_bytes: AtomicU64,
 }
@@ -49,11 +57,33 @@ pub struct Counters {
 impl Counters {
     /// As they stand.
     pub fn read(&self) -> SentCounters {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         SentCounters {
-            pages_raw: self.pages_raw.load(Ordering::Relaxed),
-            pages_zero: self.pages_zero.load(Ordering::Relaxed),
-            wire_bytes: self.wire_bytes.load(Ordering::Relaxed),
+            pages_raw: read(&self.pages_raw),
+            pages_delta: read(&self.pages_delta),
+            pages_duplicate: read(&self.pages_duplicate),
+            pages_compressed: read(&self.pages_compressed),
+            saved_bytes: read(&self.saved_bytes),
+            pages_zero: read(&self.pages_zero),
+            wire_bytes: read(&self.wire_bytes),
         }
+    }
+
+    fn add(&self, counts: &Counts) {
+        let contents = counts.raw + counts.compressed + counts.delta + counts.duplicate;
+        for (counter, pages) in [
+            (&self.pages_raw, contents),
+            (&self.pages_delta, counts.delta),
+            (&self.pages_duplicate, counts.duplicate),
+            (&self.pages_compressed, counts.compressed),
+            (&self.pages_zero, counts.zero),
+        ] {
+            if pages > 0 {
+                counter.fetch_add(pages.into(), Ordering::Relaxed);
+            }
+        }
+        self.saved_bytes
+            .fetch_add(counts.saved_bytes, Ordering::Relaxed);
     }
 }
 
@@ -83,6 +113,11 @@ pub struct Shared {
     pub counters: Counters,
     /// Rate and end.
     pub pace: Pace,
+    /// How pages are made shorter.
+    pub compress: Compress,
+    /// Whether pages may refer to what was sent before. Must be cleared before the first job whose pages arrive while
+    /// the VM runs at the destination; there is no way back.
+    pub references: AtomicBool,
 }
 
 /// The streams of a migration.
@@ -121,12 +156,14 @@ impl Senders {
             let (sender, jobs) = channel();
             senders.jobs.push(sender);
             let mut stream = Stream {
-                tcp: connection.tcp,
-                tls,
-                shared: Arc::clone(shared),
+                link: Link {
+                    tcp: connection.tcp,
+                    tls,
+                    shared: Arc::clone(shared),
+                },
                 index,
                 count,
-                buffer: vec![0; HEADER_BYTES + PAYLOAD_MAX],
+                encoder: Encoder::new(shared.compress, count),
             };
             let report = report.clone();
             thread::Builder::new()
@@ -166,12 +203,17 @@ impl Senders {
 }
 
 struct Stream {
+    link: Link,
+    index: usize,
+    count: usize,
+    encoder: Encoder,
+}
+
+/// An encrypted connection that keeps to the rate.
+struct Link {
     tcp: TcpStream,
     tls: Connection,
     shared: Arc<Shared>,
-    index: usize,
-    count: usize,
-    buffer: Vec<u8>,
 }
 
 impl Stream {
@@ -185,115 +227,104 @@ impl Stream {
                 return;
             }
         }
-        self.tls.send_close_notify();
+        self.link.tls.send_close_notify();
         // The other end has everything it needs already.
-        let _ = self.flush();
+        let _ = self.link.flush();
     }
 
     fn work(&mut self, job: &Job) -> Result<(), SendError> {
         match job {
             Job::Pages(set) => {
+                if !self.link.shared.references.load(Ordering::Relaxed) {
+                    self.encoder.forbid_references();
+                }
                 for block in set.blocks() {
-                    if self.is_mine(&block) {
+                    if stream_of(block.region, block.index, self.count) == self.index {
                         self.send_block(block)?;
                     }
                 }
                 Ok(())
             }
-            Job::RoundEnd { round, last } => self.write(
-                &Frame::RoundEnd {
+            Job::RoundEnd { round, last } => {
+                self.encoder.end_round();
+                let frame = Frame::RoundEnd {
                     round: *round,
                     last: *last,
-                }
-                .encode(),
-            ),
+                };
+                self.link.write(&[&frame.encode()])
+            }
             Job::DeviceState(state) => {
                 for (chunk, piece) in state.chunks(PAYLOAD_MAX).enumerate() {
                     let (Ok(chunk), Ok(len)) = (u32::try_from(chunk), u32::try_from(piece.len()))
                     else {
                         return Err(io::Error::from(io::ErrorKind::FileTooLarge).into());
                     };
-                    self.write(&Frame::DeviceState { chunk, len }.encode())?;
-                    self.write(piece)?;
+                    let frame = Frame::DeviceState { chunk, len };
+                    self.link.write(&[&frame.encode(), piece])?;
                 }
                 Ok(())
             }
         }
     }
 
-    /// Pages of a block always use the same stream, so that an older version cannot overtake a newer one.
-    fn is_mine(&self, block: &Block) -> bool {
-        (block.index as usize + usize::from(block.region)) % self.count == self.index
-    }
-
     fn send_block(&mut self, block: Block) -> Result<(), SendError> {
-        let shared = Arc::clone(&self.shared);
-        let mut raw = Block {
-            mask: [0; 4],
-            ..block
-        };
-        let mut zero = raw;
-        let mut end = HEADER_BYTES;
+        let began = Instant::now();
+        let mut room = self.encoder.room(&block);
         for run in block.runs() {
             let first = block.first_page() + u64::from(run.start);
-            let len = (run.end - run.start) as usize * PAGE;
-            shared.ram.read(
-                usize::from(block.region),
-                first * PAGE_BYTES,
-                &mut self.buffer[end..end + len],
-            )?;
-            let mut from = end;
-            for in_block in run {
-                let page = block.first_page() + u64::from(in_block);
-                let (word, bit) = ((in_block / 64) as usize, in_block % 64);
-                // The copy is looked at, not the memory: the guest may write it at any time, and then the
-                // page comes again.
-                if is_zero(&self.buffer[from..from + PAGE]) {
-                    shared.digests.set_zero(block.region, page);
-                    zero.mask[word] |= 1 << bit;
-                } else {
-                    shared
-                        .digests
-                        .set(block.region, page, &self.buffer[from..from + PAGE]);
-                    raw.mask[word] |= 1 << bit;
-                    if from != end {
-                        self.buffer.copy_within(from..from + PAGE, end);
-                    }
-                    end += PAGE;
-                }
-                from += PAGE;
-            }
+            let (pages, rest) = room.split_at_mut(run.len() * PAGE);
+            let region = usize::from(block.region);
+            self.link
+                .shared
+                .ram
+                .read(region, first * PAGE_BYTES, pages)?;
+            room = rest;
         }
-        if !raw.is_empty() {
-            self.buffer[..HEADER_BYTES].copy_from_slice(&Frame::Pages(raw).encode());
-            let buffer = std::mem::take(&mut self.buffer);
-            let result = self.write(&buffer[..end]);
-            self.buffer = buffer;
-            result?;
-            shared
-                .counters
-                .pages_raw
-                .fetch_add(u64::from(raw.len()), Ordering::Relaxed);
-        }
-        if !zero.is_empty() {
-            self.write(&Frame::Zero(zero).encode())?;
-            shared
-                .counters
-                .pages_zero
-                .fetch_add(u64::from(zero.len()), Ordering::Relaxed);
+        let encoded = self.encoder.encode(block, &self.link.shared.digests);
+        let (counts, mut sent) = (encoded.counts, encoded.sent);
+        let encoding = encoded.encoding;
+        let ready = Instant::now();
+        let before = encoded.adaptive.then(thread_cpu_time);
+        self.link.write(&encoded.bytes)?;
+        self.link.shared.counters.add(&counts);
+        if let Some(before) = before {
+            // What is not spent on a CPU is spent waiting: for the link, the rate, or a CPU.
+            let sending = ready.elapsed();
+            sent.send = (thread_cpu_time().saturating_sub(before)).min(sending);
+            sent.blocked = sending - sent.send;
+            sent.prepare = (ready - began).saturating_sub(encoding);
+            self.encoder.sent(&sent);
         }
         Ok(())
     }
+}
 
-    fn write(&mut self, bytes: &[u8]) -> Result<(), SendError> {
-        for piece in bytes.chunks(PIECE) {
+/// CPU time of this thread: clock_gettime(2), `CLOCK_THREAD_CPUTIME_ID`.
+fn thread_cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or(0),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    )
+}
+
+impl Link {
+    /// Sends bytes, given in parts.
+    fn write(&mut self, parts: &[&[u8]]) -> Result<(), SendError> {
+        // Short parts share a record and a system call with what follows.
+        let mut pending = 0;
+        for piece in parts.iter().flat_map(|part| part.chunks(PIECE)) {
             if !self.shared.pace.admit(piece.len()) {
                 return Err(SendError::Cancelled);
             }
             self.tls.writer().write_all(piece)?;
-            self.flush()?;
+            pending += piece.len();
+            if pending >= PIECE {
+                self.flush()?;
+                pending = 0;
+            }
         }
-        Ok(())
+        self.flush()
     }
 
     fn flush(&mut self) -> Result<(), SendError> {

@@ -364,6 +364,8 @@ impl DestinationSession {
             device_state: DeviceState::default(),
             device_state_max: self.agent.config.limits.device_state.bytes(),
             guest_bytes: Default::default(),
+            streams: streams.len(),
+            references: AtomicBool::new(true),
         });
         self.shared = Some(Arc::clone(&shared));
         for (index, mut inbound) in (0..).zip(streams.into_iter().flatten()) {

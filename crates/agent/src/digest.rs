@@ -17,6 +17,15 @@ pub struct Digests {
     regions: Vec<Vec<[AtomicU64; 2]>>,
 }
 
+/// What [`Digests::set`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// The new digest.
+    pub digest: u128,
+    /// Whether the page had contents before that were not all zero.
+    pub before: bool,
+}
+
 impl Digests {
     /// All pages are zero.
     pub fn new(layout: &RamLayout, seed: u64) -> Self {
@@ -37,13 +46,23 @@ impl Digests {
     }
 
     /// The page has these contents, which are not all zero.
-    pub fn set(&self, region: u16, page: u64, contents: &[u8]) {
+    pub fn set(&self, region: u16, page: u64, contents: &[u8]) -> Stored {
         let digest = XxHash3_128::oneshot_with_seed(self.seed, contents);
-        if let Some([low, high]) = self.slot(region, page) {
+        let before = self.slot(region, page).is_some_and(|[low, high]| {
             // Each page belongs to one stream, and the streams are joined before the root is computed.
+            let before = low.load(Ordering::Relaxed) | high.load(Ordering::Relaxed);
             low.store(digest as u64, Ordering::Relaxed);
             high.store((digest >> 64) as u64, Ordering::Relaxed);
-        }
+            before != 0
+        });
+        Stored { digest, before }
+    }
+
+    /// Whether the page has contents that are not all zero.
+    pub fn is_known(&self, region: u16, page: u64) -> bool {
+        self.slot(region, page).is_some_and(|[low, high]| {
+            low.load(Ordering::Relaxed) | high.load(Ordering::Relaxed) != 0
+        })
     }
 
     /// The page is all zeros; true if it was not so before.
@@ -109,7 +128,9 @@ mod tests {
         let empty = digests.root();
         let mut page = vec![0; 4096];
         page[4095] = 1;
-        digests.set(1, 1, &page);
+        assert!(!digests.is_known(1, 1));
+        assert!(!digests.set(1, 1, &page).before);
+        assert!(digests.is_known(1, 1) && digests.set(1, 1, &page).before);
         let one = digests.root();
         assert_ne!(one, empty);
         assert!(digests.set_zero(1, 1));

@@ -16,6 +16,7 @@ pub mod metrics;
 pub mod operations;
 pub mod pace;
 pub mod recovery;
+pub mod reduction;
 pub mod source_session;
 pub mod store;
 pub mod stream_proof;

@@ -328,6 +328,7 @@ impl Agent {
         };
         let params = SourceParams {
             bandwidth_bytes_per_s: request.bandwidth_bytes_per_s,
+            compress: request.compress,
             layout: Some(layout.clone()),
             digest_seed: offer.digest_seed,
             device_state_max: self.config.limits.device_state.bytes(),

@@ -77,6 +77,7 @@ fn source(agent: &Arc<Agent>, order: Order, record: &SourceRecord) {
     let engine = Source::recover(agent.now(), config, record);
     let params = SourceParams {
         bandwidth_bytes_per_s: None,
+        compress: Default::default(),
         layout: None,
         digest_seed: 0,
         device_state_max: agent.config.limits.device_state.bytes(),

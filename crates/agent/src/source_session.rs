@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::Duration;
 
-use palanquin_api::control::{Downtime, Outcome, Phase};
+use palanquin_api::control::{Compress, Downtime, Outcome, Phase};
 use palanquin_engine::ids::StreamSecret;
 use palanquin_engine::message::{Reason, Verdict};
 use palanquin_engine::pages::{PAGE_BYTES, PageSet, RamLayout};
@@ -66,6 +66,8 @@ pub enum SourceEvent {
 pub struct SourceParams {
     /// Limit of the rate.
     pub bandwidth_bytes_per_s: Option<u64>,
+    /// How pages are made shorter.
+    pub compress: Compress,
     /// Layout of the VM's RAM; absent after a restart.
     pub layout: Option<RamLayout>,
     /// Seed of the page digests.
@@ -425,6 +427,8 @@ impl SourceSession {
             digests: Arc::new(Digests::new(layout, self.params.digest_seed)),
             counters: Default::default(),
             pace: crate::pace::Pace::new(self.params.bandwidth_bytes_per_s),
+            compress: self.params.compress,
+            references: AtomicBool::new(true),
         }))
     }
 
@@ -573,6 +577,10 @@ impl SourceSession {
             info.dirty_rate_bytes_per_s = progress.predictor.dirty_rate_bytes_per_s();
             info.percent = progress.percent();
             info.pages_sent = progress.sent.pages_raw;
+            info.pages_delta = progress.sent.pages_delta;
+            info.pages_duplicate = progress.sent.pages_duplicate;
+            info.pages_compressed = progress.sent.pages_compressed;
+            info.bytes_saved = progress.sent.saved_bytes;
             info.pages_zero = progress.sent.pages_zero;
             info.pages_resent = progress.pages_resent;
             if let Some(layout) = ram_bytes {

@@ -203,6 +203,23 @@ pub enum Strategy {
     Hybrid,
 }
 
+/// How pages are made shorter before they go onto the wire. Zero pages never carry contents.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Compress {
+    /// By what is measured: nothing where the CPU is the bottleneck, LZ4 or Zstandard where the link is; deltas and
+    /// duplicates where they pay.
+    #[default]
+    Auto,
+    /// Not at all.
+    Off,
+    /// Deltas and duplicates, the rest with LZ4.
+    Lz4,
+    /// Deltas and duplicates, the rest with Zstandard.
+    Zstd,
+}
+
 /// `POST /v1/migrations`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -227,6 +244,9 @@ pub struct StartMigration {
     /// Number of data streams, 1 to 16. Default: 2.
     #[serde(default)]
     pub streams: Option<u16>,
+    /// How pages are made shorter. Default: by what is measured.
+    #[serde(default)]
+    pub compress: Compress,
 }
 
 impl StartMigration {
@@ -369,6 +389,18 @@ pub struct MigrationInfo {
     pub percent: f64,
     /// Pages sent with their contents.
     pub pages_sent: u64,
+    /// Pages of `pages_sent` that went as what differs from the version sent before.
+    #[serde(default)]
+    pub pages_delta: u64,
+    /// Pages of `pages_sent` that went as a reference to an equal page.
+    #[serde(default)]
+    pub pages_duplicate: u64,
+    /// Pages of `pages_sent` that went compressed.
+    #[serde(default)]
+    pub pages_compressed: u64,
+    /// Bytes that these three were shorter than their pages.
+    #[serde(default)]
+    pub bytes_saved: u64,
     /// Pages sent as "all zero".
     pub pages_zero: u64,
     /// Pages sent more than once.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use palanquin_api::control::{OperatorAssertion, Strategy};
+use palanquin_api::control::{Compress, OperatorAssertion, Strategy};
 use palanquin_api::size::{Bandwidth, HumanDuration};
 
 /// Moves running VMs between hosts, encrypted, so that each lives exactly once
@@ -154,9 +154,9 @@ pub(crate) struct Migrate {
     /// Data streams, 1 to 16 [default: 2]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=16))]
     pub(crate) streams: Option<u16>,
-    /// Wire reduction; auto means off for now, lz4 and zstd are not there yet
+    /// How pages are made shorter; auto measures whether the link or the CPU is the bottleneck
     #[arg(long, value_enum, default_value = "auto")]
-    pub(crate) compress: Compress,
+    pub(crate) compress: CompressArg,
     /// Return once it has started
     #[arg(long)]
     pub(crate) detach: bool,
@@ -172,8 +172,8 @@ pub(crate) enum StrategyArg {
     Hybrid,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Compress {
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum CompressArg {
     Auto,
     Off,
     Lz4,
@@ -235,6 +235,17 @@ impl From<StrategyArg> for Strategy {
             StrategyArg::Improved => Self::Improved,
             StrategyArg::PostCopy => Self::PostCopy,
             StrategyArg::Hybrid => Self::Hybrid,
+        }
+    }
+}
+
+impl From<CompressArg> for Compress {
+    fn from(argument: CompressArg) -> Self {
+        match argument {
+            CompressArg::Auto => Self::Auto,
+            CompressArg::Off => Self::Off,
+            CompressArg::Lz4 => Self::Lz4,
+            CompressArg::Zstd => Self::Zstd,
         }
     }
 }

@@ -12,7 +12,7 @@ use palanquin_api::vm_spec::VmSpec;
 use serde::Serialize;
 
 use crate::arguments::{
-    CaCommand, Cli, Command, Compress, ConfigCommand, Issue, Migrate, MigrationCommand, VmCommand,
+    CaCommand, Cli, Command, ConfigCommand, Issue, Migrate, MigrationCommand, VmCommand,
 };
 use crate::client::Client;
 use crate::failure::Failure;
@@ -144,10 +144,6 @@ fn read_spec(path: &Path) -> Result<VmSpec, Failure> {
 }
 
 async fn start(client: &Client, arguments: Migrate, json: bool) -> Result<(), Failure> {
-    if matches!(arguments.compress, Compress::Lz4 | Compress::Zstd) {
-        let failure = Failure::usage("compression is not there yet");
-        return Err(failure.hint("`--compress auto` and `off` work"));
-    }
     let request = StartMigration {
         vm: arguments.vm,
         to: arguments.to,
@@ -156,6 +152,7 @@ async fn start(client: &Client, arguments: Migrate, json: bool) -> Result<(), Fa
         deadline_ms: Some(arguments.deadline.as_millis()),
         bandwidth_bytes_per_s: arguments.bandwidth.map(Bandwidth::bytes_per_s),
         streams: arguments.streams,
+        compress: arguments.compress.into(),
     };
     let violations = request.validate();
     if !violations.is_empty() {

@@ -241,6 +241,10 @@ pub(crate) fn migration(info: &MigrationInfo) -> String {
         ("rounds", info.rounds.to_string()),
         ("on the wire", bytes(info.bytes_on_wire)),
         ("pages sent", repeated(info.pages_sent)),
+        ("  deltas", info.pages_delta.to_string()),
+        ("  duplicates", info.pages_duplicate.to_string()),
+        ("  compressed", info.pages_compressed.to_string()),
+        ("  saved", bytes(info.bytes_saved)),
         ("pages zero", repeated(info.pages_zero)),
         ("pages resent", repeated(info.pages_resent)),
         ("memory", bytes(info.ram_bytes)),
@@ -290,7 +294,7 @@ fn count(number: u64, one: &str, many: &str) -> String {
 /// A migration that has completed, in two sentences.
 pub(crate) fn summary(info: &MigrationInfo) -> String {
     let text = format!(
-        "VM {} runs on {} after {} and a downtime of {}.\n{}, {} on the wire over {} ({}, {}); \
+        "VM {} runs on {} after {} and a downtime of {}.\n{}, {} on the wire{} over {} ({}, {}); \
          memory verified equal: {}.",
         info.vm,
         info.to,
@@ -298,6 +302,11 @@ pub(crate) fn summary(info: &MigrationInfo) -> String {
         ms(info.downtime_ms),
         count(info.rounds.into(), "round", "rounds"),
         bytes(info.bytes_on_wire),
+        if info.bytes_saved == 0 {
+            String::new()
+        } else {
+            format!(" ({} saved)", bytes(info.bytes_saved))
+        },
         count(info.streams.into(), "stream", "streams"),
         info.cipher.as_deref().unwrap_or("cipher not known"),
         info.key_exchange

@@ -5,14 +5,33 @@
 //! | bytes | field |
 //! |---|---|
 //! | 0 | kind: 1 pages, 2 end of round, 3 device state |
-//! | 1 | encoding of pages: 0 raw, 1 zero; for an end of round: 1 if it is the last |
+//! | 1 | encoding of pages, see below; for an end of round: 1 if it is the last |
 //! | 2..4 | region (little endian, as all that follows) |
 //! | 4..8 | block within the region; round; chunk of the device state |
 //! | 8..40 | mask of pages, bit 0 of byte 8 is the block's first page |
 //! | 40..44 | length of the payload |
 //! | 44..48 | reserved, 0 |
 //!
-//! Every field is checked against the VM's layout before a byte of payload is read.
+//! Every field is checked against the VM's layout before a byte of payload is read. What the payload of pages holds,
+//! `n` being the number of pages in the mask:
+//!
+//! | encoding | payload | its length |
+//! |---|---|---|
+//! | 0 raw | the pages, one after the other | `n` * 4096 |
+//! | 1 zero | nothing: all their bytes are zero | 0 |
+//! | 2 lz4 | one LZ4 block (lz4_Block_format.md of the LZ4 project) of the raw payload | 1 to `n` * 4096 - 1 |
+//! | 3 zstd | one Zstandard frame (RFC 8878) of the raw payload | 1 to `n` * 4096 - 1 |
+//! | 4 delta | for each page what differs from the version sent before it, see below | 2 `n` to `n` * 4096 - 1 |
+//! | 5 duplicate | for each page the region (2 bytes) and number (8 bytes) of a page that it equals | `n` * 10 |
+//!
+//! How many bytes a payload becomes is known from the mask alone. A delta needs that its page was sent before over
+//! the same stream, as something else than zeros. So does a duplicate of the page it refers to, which must not be in the
+//! mask itself and is taken as it is when the frame arrives. Neither may be used once the VM runs at the destination.
+//!
+//! A delta (after XBZRLE: Svärd, Hudzia, Tordsson, Elmroth, "Evaluation of delta compression techniques for efficient
+//! live migration of large virtual machines", VEE 2011) is a sequence of: how many bytes stay as they are, how many
+//! follow, and these; both counts as LEB128 of at most 2 bytes. A page is complete after 4096 bytes; the second count is
+//! left out where the first completes it.
 
 use crate::pages::{Block, PAGE_BYTES, RamLayout};
 
@@ -20,6 +39,11 @@ use crate::pages::{Block, PAGE_BYTES, RamLayout};
 pub const HEADER_BYTES: usize = 48;
 /// Longest payload: a whole block.
 pub const PAYLOAD_MAX: usize = 1 << 20;
+
+/// Length of a reference in the payload of [`Frame::Duplicate`].
+pub const REFERENCE_BYTES: usize = 10;
+/// Length of the shortest delta of a page.
+pub const DELTA_MIN: usize = 2;
 
 const KIND_PAGES: u8 = 1;
 const KIND_ROUND_END: u8 = 2;
@@ -32,6 +56,24 @@ pub enum Frame {
     Pages(Block),
     /// The block's pages are all zeros; nothing follows.
     Zero(Block),
+    /// The block's pages follow, compressed together.
+    Compressed {
+        /// How.
+        codec: Codec,
+        /// The pages.
+        block: Block,
+        /// Bytes of payload: at least 1, less than the pages have.
+        len: u32,
+    },
+    /// What follows says how the pages differ from the versions sent before.
+    Delta {
+        /// The pages.
+        block: Block,
+        /// Bytes of payload: at least [`DELTA_MIN`] for each page, less than the pages have.
+        len: u32,
+    },
+    /// For each page a reference to an equal one follows.
+    Duplicate(Block),
     /// This stream has sent all its pages of the round.
     RoundEnd {
         /// The round, the first is 1.
@@ -46,6 +88,15 @@ pub enum Frame {
         /// Bytes of this piece, 1 to [`PAYLOAD_MAX`].
         len: u32,
     },
+}
+
+/// How pages are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Codec {
+    /// LZ4, block format.
+    Lz4,
+    /// Zstandard.
+    Zstd,
 }
 
 /// A header that breaks a rule.
@@ -80,7 +131,10 @@ impl Frame {
         match self {
             Self::Pages(block) => block.len() as usize * PAGE_BYTES as usize,
             Self::Zero(_) | Self::RoundEnd { .. } => 0,
-            Self::DeviceState { len, .. } => *len as usize,
+            Self::Duplicate(block) => block.len() as usize * REFERENCE_BYTES,
+            Self::Compressed { len, .. }
+            | Self::Delta { len, .. }
+            | Self::DeviceState { len, .. } => *len as usize,
         }
     }
 
@@ -90,6 +144,15 @@ impl Frame {
         let (kind, encoding, region, index, mask) = match *self {
             Self::Pages(block) => (KIND_PAGES, 0, block.region, block.index, block.mask),
             Self::Zero(block) => (KIND_PAGES, 1, block.region, block.index, block.mask),
+            Self::Compressed { codec, block, .. } => {
+                let encoding = match codec {
+                    Codec::Lz4 => 2,
+                    Codec::Zstd => 3,
+                };
+                (KIND_PAGES, encoding, block.region, block.index, block.mask)
+            }
+            Self::Delta { block, .. } => (KIND_PAGES, 4, block.region, block.index, block.mask),
+            Self::Duplicate(block) => (KIND_PAGES, 5, block.region, block.index, block.mask),
             Self::RoundEnd { round, last } => (KIND_ROUND_END, u8::from(last), 0, round, [0; 4]),
             Self::DeviceState { chunk, .. } => (KIND_DEVICE_STATE, 0, 0, chunk, [0; 4]),
         };
@@ -141,6 +204,20 @@ impl Frame {
                 match encoding {
                     0 => Self::Pages(block),
                     1 => Self::Zero(block),
+                    2 | 3 => Self::Compressed {
+                        codec: if encoding == 2 {
+                            Codec::Lz4
+                        } else {
+                            Codec::Zstd
+                        },
+                        len: check_shorter(len, &block, 1)?,
+                        block,
+                    },
+                    4 => Self::Delta {
+                        len: check_shorter(len, &block, DELTA_MIN * block.len() as usize)?,
+                        block,
+                    },
+                    5 => Self::Duplicate(block),
                     other => return Err(FrameError::Encoding(other)),
                 }
             }
@@ -166,6 +243,16 @@ impl Frame {
             return Err(FrameError::Length(len));
         }
         Ok(frame)
+    }
+}
+
+/// A payload that is longer than the pages themselves is of no use to anybody.
+fn check_shorter(len: u32, block: &Block, least: usize) -> Result<u32, FrameError> {
+    let raw = block.len() as usize * PAGE_BYTES as usize;
+    if (least..raw).contains(&(len as usize)) {
+        Ok(len)
+    } else {
+        Err(FrameError::Length(len))
     }
 }
 
@@ -233,13 +320,50 @@ mod tests {
         );
     }
 
+    #[test]
+    fn a_reduced_payload_is_bounded_by_its_pages() {
+        let block = Block {
+            region: 0,
+            index: 1,
+            mask: [0b111, 0, 0, 0],
+        };
+        let decoded = |frame: Frame| Frame::decode(&frame.encode(), &layout());
+        for codec in [Codec::Lz4, Codec::Zstd] {
+            let frame = |len| Frame::Compressed { codec, block, len };
+            for len in [1, 3 * 4096 - 1] {
+                assert_eq!(decoded(frame(len)), Ok(frame(len)));
+            }
+            for len in [0, 3 * 4096, u32::MAX] {
+                assert_eq!(decoded(frame(len)), Err(FrameError::Length(len)));
+            }
+        }
+        let frame = |len| Frame::Delta { block, len };
+        for len in [6, 3 * 4096 - 1] {
+            assert_eq!(decoded(frame(len)), Ok(frame(len)));
+        }
+        for len in [0, 5, 3 * 4096] {
+            assert_eq!(decoded(frame(len)), Err(FrameError::Length(len)));
+        }
+        let mut header = Frame::Duplicate(block).encode();
+        assert_eq!(
+            Frame::decode(&header, &layout()),
+            Ok(Frame::Duplicate(block))
+        );
+        header[40] += 1;
+        assert_eq!(
+            Frame::decode(&header, &layout()),
+            Err(FrameError::Length(31))
+        );
+    }
+
     proptest! {
         #[test]
         fn any_header_is_refused_or_encodes_to_itself(
             mut bytes in prop::array::uniform32(any::<u8>()),
             kind in 0u8..5,
-            encoding in 0u8..3,
+            encoding in 0u8..8,
             small in any::<bool>(),
+            len in 0u32..3 * 4096,
         ) {
             let mut header = [0; HEADER_BYTES];
             if small {
@@ -250,9 +374,13 @@ mod tests {
             header[1] = encoding;
             header[4] = bytes[0] & 3;
             let pages: u32 = bytes.iter().map(|byte| byte.count_ones()).sum();
-            if encoding == 0 && kind == KIND_PAGES {
-                header[40..44].copy_from_slice(&(pages * 4096).to_le_bytes());
-            }
+            let len = match (kind, encoding) {
+                (KIND_PAGES, 0) => pages * 4096,
+                (KIND_PAGES, 5) => pages * 10,
+                (KIND_PAGES, 2..=4) => len,
+                _ => 0,
+            };
+            header[40..44].copy_from_slice(&len.to_le_bytes());
             if let Ok(frame) = Frame::decode(&header, &layout()) {
                 prop_assert_eq!(frame.encode(), header);
                 prop_assert!(frame.payload_bytes() <= PAYLOAD_MAX);

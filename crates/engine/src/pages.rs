@@ -214,6 +214,14 @@ impl Block {
         self.mask == [0; 4]
     }
 
+    /// Whether a page of a region is in the mask.
+    pub fn names(&self, region: u16, page: u64) -> bool {
+        let at = page.wrapping_sub(self.first_page());
+        region == self.region
+            && at < BLOCK_PAGES
+            && self.mask[(at / 64) as usize] >> (at % 64) & 1 == 1
+    }
+
     /// Runs of adjacent pages, as offsets within the block.
     pub fn runs(&self) -> Runs {
         Runs {
@@ -288,6 +296,19 @@ mod tests {
     }
 
     #[test]
+    fn a_block_names_its_own_pages_only() {
+        let block = Block {
+            region: 1,
+            index: 2,
+            mask: [1, 0, 0, 1 << 63],
+        };
+        let named = |region| (0..2048).filter(move |&page| block.names(region, page));
+        assert_eq!(named(1).collect::<Vec<_>>(), [512, 767]);
+        assert_eq!(named(0).count(), 0);
+        assert!(!block.names(1, u64::MAX));
+    }
+
+    #[test]
     fn pages_outside_the_region_are_ignored() {
         let mut set = PageSet::empty(&layout(&[10]));
         set.insert(0, 8..1000);
@@ -312,7 +333,9 @@ mod tests {
             for block in set.blocks() {
                 for run in block.runs() {
                     for page in run {
-                        seen.insert((usize::from(block.region), block.first_page() + u64::from(page)));
+                        let page = block.first_page() + u64::from(page);
+                        prop_assert!(block.names(block.region, page));
+                        seen.insert((usize::from(block.region), page));
                     }
                 }
             }

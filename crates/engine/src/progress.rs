@@ -9,8 +9,16 @@ use crate::time::Time;
 /// Counters of what a driver's streams have sent so far, over the whole migration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SentCounters {
-    /// Pages sent with their contents.
+    /// Pages sent with their contents, in whatever encoding.
     pub pages_raw: u64,
+    /// Those of them sent as what differs from the version before.
+    pub pages_delta: u64,
+    /// Those of them sent as a reference to an equal page.
+    pub pages_duplicate: u64,
+    /// Those of them that were compressed.
+    pub pages_compressed: u64,
+    /// Bytes that those three were shorter than their pages.
+    pub saved_bytes: u64,
     /// Pages sent as all zeros.
     pub pages_zero: u64,
     /// Bytes handed to the sockets, encryption and framing included.

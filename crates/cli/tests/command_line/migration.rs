@@ -56,6 +56,10 @@ fn everything_readable_is_shown_with_the_parts_of_the_downtime() {
              rounds          3\n\
              on the wire     1.1 GiB\n\
              pages sent      288000 (1.1 GiB)\n\
+             \x20 deltas        900\n\
+             \x20 duplicates    120\n\
+             \x20 compressed    2048\n\
+             \x20 saved         8.0 MiB\n\
              pages zero      105216 (411.0 MiB)\n\
              pages resent    1200 (4.7 MiB)\n\
              memory          1.5 GiB\n\

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use palanquin_api::control::MigrationInfo;
+use palanquin_api::control::{ApiError, MigrationInfo};
 use palanquin_lab::host::{Host, Told};
 use palanquin_lab::probe::Pings;
 use palanquin_lab::rig::Rig;
@@ -88,17 +88,17 @@ pub(crate) fn measure(rig: &Rig, case: &Case, path: &Path) -> Result<Tried> {
         }
         ended => {
             let info = told.migration().ok().or_else(|| newest(source));
-            let (completed, reason) = match ended {
-                Ended::Completed => (true, None),
-                Ended::NotCompleted(why) => (false, Some(why)),
+            let mut reason = match ended {
+                Ended::Completed => None,
+                Ended::NotCompleted(why) => Some(why),
                 Ended::Refused(_) => unreachable!("handled above"),
             };
-            if completed {
-                rig.check_lives_once(VM, 1)?;
-            } else {
-                rig.find_the_one(VM)
-                    .context(reason.clone().unwrap_or_default())?;
+            if let Some(why) = &reason {
+                rig.find_the_one(VM).with_context(|| why.clone())?;
+            } else if let Err(why) = rig.check_lives_once(VM, 1) {
+                reason = Some(format!("the guest does not go on: {why:#}"));
             }
+            let completed = reason.is_none();
             let gap = pings.finish()?.longest_gap_ms;
             let of =
                 |value: fn(&MigrationInfo) -> f64| info.as_ref().filter(|_| completed).map(value);
@@ -146,7 +146,8 @@ fn judge(told: &Told) -> Ended {
         return Ended::Refused(error.map_or(said, |error| error.message));
     }
     let ended = told.migration().ok().and_then(|info| info.reason);
-    let why = error.map(|error| error.message).ok().or(ended);
+    let all = |error: ApiError| [&[error.message], &error.causes[..]].concat().join(": ");
+    let why = error.map(all).ok().or(ended);
     Ended::NotCompleted(why.unwrap_or_else(|| format!("exit status {}", told.status)))
 }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use palanquin_lab::guest::{GuestSpec, mac};
+use palanquin_lab::guest::{Console, GuestSpec, mac};
 use palanquin_lab::host::Host;
 use palanquin_lab::paths::guest_dir;
 use palanquin_lab::probe::Pings;
@@ -77,6 +77,8 @@ pub(crate) const TLS_MULTIFD: &str = "qemu tls multifd";
 pub(crate) const BOOT: Duration = Duration::from_secs(180);
 /// QEMU ends a migration that was cancelled within this time.
 const CANCEL: Duration = Duration::from_secs(60);
+/// A guest that arrived goes on within this time.
+const REVIVE: Duration = Duration::from_secs(30);
 const PORT: u16 = 4444;
 
 /// What a guest is started for.
@@ -240,9 +242,14 @@ pub(crate) fn measure(rig: &Rig, case: &Case, way: Way, tls: &Path) -> Result<Sa
     let end = migrate(&mut from, &connect, case.deadline)?;
     let watched = watch.finish();
     let bytes_on_wire = sent_bytes(source)? - sent;
-    let completed = end.reason.is_none();
+    // QEMU's word is not enough: the guest itself must go on.
+    let reason = end.reason.or_else(|| {
+        goes_on(&incoming.console())
+            .err()
+            .map(|why| format!("{why:#}"))
+    });
+    let completed = reason.is_none();
     let downtime_ms = if completed {
-        incoming.console().wait_beats(3, BOOT)?;
         Some(downtime(&mut from, &mut to)?)
     } else {
         None
@@ -252,7 +259,7 @@ pub(crate) fn measure(rig: &Rig, case: &Case, way: Way, tls: &Path) -> Result<Sa
         path: way.name.to_owned(),
         workload: case.workload.to_owned(),
         completed,
-        reason: end.reason,
+        reason,
         total_ms: end.total.as_secs_f64() * 1e3,
         downtime_ms,
         reported_total_ms: number(&end.report["total-time"]),
@@ -265,6 +272,25 @@ pub(crate) fn measure(rig: &Rig, case: &Case, way: Way, tls: &Path) -> Result<Sa
         rounds: end.report["ram"]["dirty-sync-count"].as_u64(),
         rewritten_mib_s: Some(rewritten),
         foreign_share: watched.foreign_share,
+    })
+}
+
+/// Waits until the guest beats on, with its memory whole. What becomes of a guest that QEMU says has arrived is part of
+/// what is compared.
+fn goes_on(console: &Console) -> Result<()> {
+    let before = console.beats().len();
+    wait::until("the guest goes on", REVIVE, || {
+        let text = console.text();
+        if let Some(panic) = text.lines().find(|line| line.contains("Kernel panic")) {
+            bail!("QEMU completed, but the guest died: {}", panic.trim());
+        }
+        let beats = console.beats();
+        match beats.last() {
+            Some(beat) if beat.corrupt > 0 => {
+                bail!("QEMU completed, but {} pages are corrupt", beat.corrupt)
+            }
+            _ => Ok((beats.len() >= before + 3).then_some(())),
+        }
     })
 }
 

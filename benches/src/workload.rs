@@ -8,7 +8,7 @@ use palanquin_lab::guest::GuestSpec;
 /// Name of the VM.
 pub(crate) const VM: &str = "bench";
 /// MiB of files that the guest of `linux` and `gbit` holds.
-pub(crate) const FILES_MIB: u64 = 640;
+pub(crate) const FILES_MIB: u64 = 440;
 /// MiB that the guest of `hot` rewrites over and over.
 const HOT_MIB: u64 = 256;
 /// How fast it does so, in MiB/s.
@@ -21,7 +21,7 @@ const HOT_LINK: u32 = 500;
 pub(crate) enum Workload {
     /// 1.5 GiB with 1 GiB of incompressible bytes that nobody writes
     Idle,
-    /// 1.5 GiB with a tree of real programs, libraries and texts in the page cache
+    /// 1 GiB with a tree of real programs, libraries and texts in the page cache
     Linux,
     /// 512 MiB, of which 256 MiB are rewritten twice as fast as the link carries
     Hot,
@@ -75,7 +75,8 @@ impl Workload {
                 guest.dirty_mib_s = 0;
             }
             Self::Linux | Self::Gbit => {
-                guest.memory_mib = vec![1536];
+                // The files go into a tmpfs, which takes at most half of it.
+                guest.memory_mib = vec![1024];
                 // Something is always written in a machine that works: 4 MiB each second, incompressible.
                 guest.files = Some(files.to_owned());
             }

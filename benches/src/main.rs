@@ -1,10 +1,20 @@
 //! `palanquin-bench`: measurements side by side, in one run on one machine.
 #![forbid(unsafe_code)]
 
+mod bars;
 mod certificates;
+mod files;
+mod floor;
 mod measure;
+mod palanquin;
 mod peers;
+mod plot;
 mod qemu;
+mod row;
+mod service;
+mod ssh;
+mod strategies;
+mod workload;
 
 use std::process::ExitCode;
 
@@ -24,6 +34,8 @@ struct Arguments {
 enum What {
     /// Palanquin against QEMU's own migration, in the clear and with TLS
     Peers(peers::Options),
+    /// All strategies over dirty rates
+    Strategies(strategies::Options),
 }
 
 fn main() -> ExitCode {
@@ -31,6 +43,7 @@ fn main() -> ExitCode {
         wait::catch_signals()?;
         match Arguments::parse().what {
             What::Peers(options) => peers::run(&options),
+            What::Strategies(options) => strategies::run(&options),
         }
     };
     match run() {

@@ -1,6 +1,9 @@
 //! What a migration costs, measured the same way whoever does it.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -9,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use palanquin_lab::host::Host;
 use palanquin_lab::process;
+use palanquin_lab::rig::Rig;
 use palanquin_lab::wait;
 use serde::Serialize;
 
@@ -16,23 +20,38 @@ use serde::Serialize;
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Sample {
     /// Which way it was done.
-    pub(crate) path: &'static str,
-    /// From the request to the answer that it is done, in milliseconds, by the bench's clock.
+    pub(crate) path: String,
+    /// What the guest did meanwhile.
+    pub(crate) workload: String,
+    /// Whether the guest arrived; why not is in `reason`.
+    pub(crate) completed: bool,
+    /// Why it did not complete.
+    pub(crate) reason: Option<String>,
+    /// From the request to the answer that it is done or given up, in milliseconds, by the bench's clock.
     pub(crate) total_ms: f64,
-    /// As the migrating program itself reports it.
-    pub(crate) reported_total_ms: f64,
-    /// As the migrating program itself reports it.
-    pub(crate) reported_downtime_ms: f64,
-    /// From the source's event STOP to the destination's event RESUME; only QEMU's own migration shows both.
-    pub(crate) event_downtime_ms: Option<f64>,
+    /// How long the guest stood still, in milliseconds. Of QEMU's own migration and the floor from the source's event
+    /// STOP to the destination's event RESUME; of Palanquin what it reports, from before the pause to the
+    /// destination's answer that the guest runs.
+    pub(crate) downtime_ms: Option<f64>,
+    /// Total time as the migrating program itself reports it.
+    pub(crate) reported_total_ms: Option<f64>,
+    /// Downtime as the migrating program itself reports it. QEMU's ends before the destination runs.
+    pub(crate) reported_downtime_ms: Option<f64>,
     /// Longest time in which a client's pings were not answered, one each 5 ms.
     pub(crate) ping_gap_ms: f64,
+    /// What the source's network device sent.
+    pub(crate) bytes_on_wire: u64,
     /// CPU time of all processes that take part, both ends, the guest's own included.
     pub(crate) cpu_s: f64,
-    /// What the source's network device sent.
-    pub(crate) wire_bytes: u64,
-    /// Largest anonymous memory of either agent, in KiB; mapped guest RAM is not anonymous.
-    pub(crate) agent_rss_anon_kib: Option<u64>,
+    /// Largest sum of the anonymous memory of all processes that take part, in MiB: agents, hypervisors and tunnels.
+    /// Guest RAM is shared memory and not in it.
+    pub(crate) rss_mib: f64,
+    /// As `rss_mib`, of the agents alone; Palanquin only.
+    pub(crate) agents_rss_mib: Option<f64>,
+    /// Rounds over the memory, as the migrating program counts them.
+    pub(crate) rounds: Option<u64>,
+    /// What the guest rewrote each second before the migration, in MiB.
+    pub(crate) rewritten_mib_s: Option<f64>,
     /// User-mode CPU time of everybody else during the migration, as a share of all CPUs' time, 0 to 1.
     pub(crate) foreign_share: f64,
 }
@@ -45,60 +64,68 @@ pub(crate) const QUIET: f64 = 0.10;
 /// # Errors
 ///
 /// If it is not within 10 min.
-pub(crate) fn wait_quiet(own: &[u32]) -> Result<()> {
+pub(crate) fn wait_quiet(rig: &Rig) -> Result<()> {
+    let own = Inhabitants::of(rig, Vec::new())?;
     wait::until_true(
         "this machine is quiet enough to measure",
         Duration::from_secs(600),
         || {
-            let load = Load::start(own);
+            let watch = Watch::start(own.clone())?;
             wait::pause(Duration::from_secs(2))?;
-            Ok(load.finish(Duration::ZERO) < QUIET)
+            Ok(watch.finish().foreign_share < QUIET)
         },
     )
 }
 
-/// CPU time of everybody else.
-pub(crate) struct Load {
-    began: Instant,
-    machine: Duration,
-    own: Vec<(u32, Duration, Duration)>,
+/// Writes to so much free memory once. Memory that the machine's own host has to provide first is slower by an order of
+/// magnitude on virtual machines; whoever is measured first would pay for all.
+pub(crate) fn warm_up(mib: u64) -> Result<()> {
+    let bytes = usize::try_from(mib << 20)?;
+    let mut memory = Vec::new();
+    memory.try_reserve_exact(bytes)?;
+    memory.resize(bytes, 1_u8);
+    std::hint::black_box(&memory);
+    Ok(())
 }
 
-impl Load {
-    /// Begins to count.
-    fn start(own: &[u32]) -> Self {
-        let used = |pid: &u32| {
-            let now = process::user_time(*pid).unwrap_or_default();
-            (*pid, now, now)
+/// Who takes part: the processes in the namespaces of a rig's hosts, whenever they start.
+#[derive(Clone, Debug)]
+pub(crate) struct Inhabitants {
+    /// Inode numbers of the namespaces.
+    namespaces: Vec<u64>,
+    /// Processes that do not count.
+    but: Vec<u32>,
+}
+
+impl Inhabitants {
+    /// Of all hosts, without some.
+    pub(crate) fn of(rig: &Rig, but: Vec<u32>) -> Result<Self> {
+        let inode = |host: &Host| -> Result<u64> {
+            let path = Path::new("/run/netns").join(host.namespace.name());
+            Ok(fs::metadata(&path)
+                .with_context(|| format!("no {}", path.display()))?
+                .ino())
         };
-        Self {
-            began: Instant::now(),
-            machine: process::machine_user_time().unwrap_or_default(),
-            own: own.iter().map(used).collect(),
-        }
+        Ok(Self {
+            namespaces: rig.hosts.iter().map(inode).collect::<Result<_>>()?,
+            but,
+        })
     }
 
-    /// Looks again; a process that ends later keeps what was seen last.
-    fn look(&mut self) {
-        for (pid, _, last) in &mut self.own {
-            *last = process::user_time(*pid).unwrap_or(*last);
-        }
-    }
-
-    /// Share of the machine that others used; `more` is what else was ours.
-    fn finish(mut self, more: Duration) -> f64 {
-        self.look();
-        let ours: Duration = self
-            .own
-            .iter()
-            .map(|(_, first, last)| last.saturating_sub(*first))
-            .sum();
-        let all = process::machine_user_time()
-            .unwrap_or_default()
-            .saturating_sub(self.machine);
-        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let others = all.saturating_sub(ours + more).as_secs_f64();
-        others / (self.began.elapsed().as_secs_f64() * cpus as f64)
+    /// Who is there now.
+    fn list(&self) -> Vec<u32> {
+        let Ok(entries) = fs::read_dir("/proc") else {
+            return Vec::new();
+        };
+        entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .filter(|pid| !self.but.contains(pid))
+            .filter(|pid| {
+                fs::metadata(format!("/proc/{pid}/ns/net"))
+                    .is_ok_and(|namespace| self.namespaces.contains(&namespace.ino()))
+            })
+            .collect()
     }
 }
 
@@ -106,18 +133,64 @@ impl Load {
 pub(crate) struct Watched {
     /// CPU time in seconds.
     pub(crate) cpu_s: f64,
-    /// Largest anonymous memory of an agent in KiB.
-    pub(crate) rss_anon_kib: u64,
+    /// Largest sum of anonymous memory in MiB.
+    pub(crate) rss_mib: f64,
+    /// As [`Watched::rss_mib`], of agents alone.
+    pub(crate) agents_rss_mib: f64,
     /// As [`Sample::foreign_share`].
     pub(crate) foreign_share: f64,
 }
 
-#[derive(Default)]
+/// CPU times of a process: all of it and in user mode, at the beginning and last.
+#[derive(Clone, Copy)]
+struct Used {
+    all: (Duration, Duration),
+    user: (Duration, Duration),
+    agent: bool,
+}
+
 struct Seen {
-    load: Option<Load>,
-    /// CPU time at the beginning and last, by process.
-    cpu: BTreeMap<u32, (Duration, Duration)>,
-    rss_anon_kib: u64,
+    who: Inhabitants,
+    /// A process that ends keeps what was seen last.
+    used: BTreeMap<u32, Used>,
+    rss_kib: u64,
+    agents_rss_kib: u64,
+}
+
+impl Seen {
+    /// Looks who is there; who was not there at the beginning has used nothing by then.
+    fn discover(&mut self, first: bool) {
+        for pid in self.who.list() {
+            if self.used.contains_key(&pid) {
+                continue;
+            }
+            let then = |time: Option<Duration>| time.filter(|_| first).unwrap_or_default();
+            let all = then(process::cpu_time(pid));
+            let user = then(process::user_time(pid));
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            let used = Used {
+                all: (all, all),
+                user: (user, user),
+                agent: name.trim() == "palanquind",
+            };
+            self.used.insert(pid, used);
+        }
+    }
+
+    fn look(&mut self) {
+        let (mut all, mut agents) = (0, 0);
+        for (pid, used) in &mut self.used {
+            used.all.1 = process::cpu_time(*pid).unwrap_or(used.all.1);
+            used.user.1 = process::user_time(*pid).unwrap_or(used.user.1);
+            let anonymous = process::status_value(*pid, "RssAnon").unwrap_or(0);
+            all += anonymous;
+            if used.agent {
+                agents += anonymous;
+            }
+        }
+        self.rss_kib = self.rss_kib.max(all);
+        self.agents_rss_kib = self.agents_rss_kib.max(agents);
+    }
 }
 
 /// Watches processes while a migration runs.
@@ -125,61 +198,73 @@ pub(crate) struct Watch {
     seen: Arc<Mutex<Seen>>,
     stop: Arc<AtomicBool>,
     thread: JoinHandle<()>,
+    began: Instant,
+    machine: Duration,
 }
 
 impl Watch {
-    /// Begins. CPU time is counted from now for `processes` and `agents`; memory is watched of `agents`.
-    pub(crate) fn start(processes: Vec<u32>, agents: Vec<u32>) -> Self {
-        let seen = Arc::new(Mutex::new(Seen::default()));
+    /// Distance between two looks.
+    const STEP: Duration = Duration::from_millis(10);
+    /// Looks between two searches for new processes.
+    const SEARCH: u32 = 10;
+
+    /// Begins to count.
+    pub(crate) fn start(who: Inhabitants) -> Result<Self> {
+        let mut seen = Seen {
+            who,
+            used: BTreeMap::new(),
+            rss_kib: 0,
+            agents_rss_kib: 0,
+        };
+        seen.discover(true);
+        seen.look();
+        let machine = process::machine_user_time().context("no /proc/stat")?;
+        let began = Instant::now();
+        let seen = Arc::new(Mutex::new(seen));
         let stop = Arc::new(AtomicBool::new(false));
-        let (watched, watched_agents) = (processes.clone(), agents.clone());
         let (shared, stopped) = (Arc::clone(&seen), Arc::clone(&stop));
-        let look = move || {
-            let mut seen = shared.lock().unwrap_or_else(PoisonError::into_inner);
-            for pid in processes.iter().chain(&agents) {
-                if let Some(now) = process::cpu_time(*pid) {
-                    seen.cpu.entry(*pid).or_insert((now, now)).1 = now;
+        let thread = std::thread::spawn(move || {
+            for step in 1_u32.. {
+                let last = stopped.load(Ordering::Relaxed) || wait::pause(Self::STEP).is_err();
+                let mut seen = shared.lock().unwrap_or_else(PoisonError::into_inner);
+                if last || step.is_multiple_of(Self::SEARCH) {
+                    seen.discover(false);
+                }
+                seen.look();
+                if last {
+                    return;
                 }
             }
-            if let Some(load) = &mut seen.load {
-                load.look();
-            }
-            let anonymous = agents
-                .iter()
-                .filter_map(|pid| process::status_value(*pid, "RssAnon"));
-            seen.rss_anon_kib = anonymous.max().unwrap_or(0).max(seen.rss_anon_kib);
-        };
-        {
-            let all: Vec<u32> = watched.iter().chain(&watched_agents).copied().collect();
-            let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
-            seen.load = Some(Load::start(&all));
-        }
-        look();
-        let thread = std::thread::spawn(move || {
-            while !stopped.load(Ordering::Relaxed) && wait::pause(Duration::from_millis(10)).is_ok()
-            {
-                look();
-            }
-            look();
         });
-        Self { seen, stop, thread }
+        Ok(Self {
+            seen,
+            stop,
+            thread,
+            began,
+            machine,
+        })
     }
 
-    /// Ends. `late` are processes of ours that did not exist when the watch began: all that they used counts.
-    pub(crate) fn finish(self, late: &[u32]) -> Watched {
+    /// Ends.
+    pub(crate) fn finish(self) -> Watched {
         self.stop.store(true, Ordering::Relaxed);
         let _ = self.thread.join();
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let late_user: Duration = late.iter().filter_map(|pid| process::user_time(*pid)).sum();
-        let late_cpu: Duration = late.iter().filter_map(|pid| process::cpu_time(*pid)).sum();
-        let used = seen
-            .cpu
-            .values()
-            .map(|(first, last)| last.saturating_sub(*first));
+        let elapsed = self.began.elapsed().as_secs_f64();
+        let machine = process::machine_user_time()
+            .unwrap_or_default()
+            .saturating_sub(self.machine);
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let difference = |of: fn(&Used) -> (Duration, Duration)| -> Duration {
+            let times = seen.used.values().map(of);
+            times.map(|(first, last)| last.saturating_sub(first)).sum()
+        };
+        let others = machine.saturating_sub(difference(|used| used.user));
+        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Watched {
-            cpu_s: (used.sum::<Duration>() + late_cpu).as_secs_f64(),
-            rss_anon_kib: seen.rss_anon_kib,
-            foreign_share: seen.load.take().map_or(1.0, |load| load.finish(late_user)),
+            cpu_s: difference(|used| used.all).as_secs_f64(),
+            rss_mib: seen.rss_kib as f64 / 1024.0,
+            agents_rss_mib: seen.agents_rss_kib as f64 / 1024.0,
+            foreign_share: others.as_secs_f64() / (elapsed * cpus as f64),
         }
     }
 }
@@ -196,13 +281,10 @@ pub(crate) fn sent_bytes(host: &Host) -> Result<u64> {
 }
 
 /// The middle value; of an even number the lower one of the two.
-pub(crate) fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
+pub(crate) fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let mut values: Vec<f64> = values.filter(|value| value.is_finite()).collect();
     values.sort_by(f64::total_cmp);
-    values
-        .get((values.len().max(1) - 1) / 2)
-        .copied()
-        .unwrap_or(f64::NAN)
+    values.get((values.len().max(1) - 1) / 2).copied()
 }
 
 #[cfg(test)]
@@ -211,8 +293,8 @@ mod tests {
 
     #[test]
     fn the_median_is_a_value_that_was_measured() {
-        assert!((median([3.0, 1.0, 2.0].into_iter()) - 2.0).abs() < f64::EPSILON);
-        assert!((median([4.0, 1.0, 2.0, 3.0].into_iter()) - 2.0).abs() < f64::EPSILON);
-        assert!(median(std::iter::empty()).is_nan());
+        assert_eq!(median([3.0, 1.0, 2.0].into_iter()), Some(2.0));
+        assert_eq!(median([4.0, 1.0, 2.0, 3.0].into_iter()), Some(2.0));
+        assert_eq!(median([f64::NAN].into_iter()), None);
     }
 }

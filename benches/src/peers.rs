@@ -2,26 +2,31 @@
 
 use std::fs;
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
-use std::time::Instant;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use palanquin_lab::guest::GuestSpec;
-use palanquin_lab::probe::Pings;
+use palanquin_lab::guest::{Console, GuestSpec};
 use palanquin_lab::rig::{Rig, RigSpec};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use crate::certificates;
-use crate::measure::{QUIET, Sample, Watch, median, sent_bytes, wait_quiet};
+use crate::files::{self, Contents, FileServer};
+use crate::floor::{self, FLOOR, HANDOVER};
+use crate::measure::{QUIET, Sample, warm_up};
+use crate::palanquin::{self, HOT_PATHS, PATHS, Tried};
 use crate::qemu::{self, WAYS};
+use crate::row::{self, Row};
+use crate::service::{self, Service};
+use crate::workload::{FILES_MIB, Workload};
+use crate::{bars, certificates};
 
 /// Address of the guest.
 pub(crate) const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 1, 10);
-const PALANQUIN: &str = "Palanquin, 2 streams";
-const VM: &str = "bench";
 /// Tries for one undisturbed sample.
-const TRIES: u32 = 6;
+pub(crate) const TRIES: u32 = 6;
+/// Free memory written to before anything is measured, in MiB: two guests and what they need.
+const WARM_MIB: u64 = 4096;
 
 /// What to measure
 #[derive(Args)]
@@ -29,93 +34,306 @@ pub(crate) struct Options {
     /// Runs of each path; the table shows medians
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     runs: u32,
-    /// Guest memory in MiB
-    #[arg(long, default_value_t = 1536, value_parser = clap::value_parser!(u64).range(192..))]
-    memory_mib: u64,
-    /// Incompressible bytes in it, in MiB
-    #[arg(long, default_value_t = 1024)]
-    fill_mib: u64,
-    /// How much the guest rewrites each second, in MiB
-    #[arg(long, default_value_t = 0)]
-    dirty_mib_s: u64,
-    /// Where the samples are written
-    #[arg(long, default_value = "target/bench/peers.json")]
-    out: PathBuf,
+    /// Measure only this; rows of the others stay in the file [default: all]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    workload: Vec<Workload>,
     /// Measure only paths whose name contains this
     #[arg(long)]
     only: Option<String>,
+    /// Do not measure what a client of the guest notices
+    #[arg(long)]
+    no_service: bool,
+    /// Measure only what a client of the guest notices
+    #[arg(long, conflicts_with_all = ["workload", "no_service"])]
+    only_service: bool,
+    /// Seconds after which a migration of `hot` is given up
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(5..=120))]
+    hot_deadline_s: u64,
+    /// Where the rows are written; samples and conditions go beside it
+    #[arg(long, default_value = "target/bench/peers.json")]
+    out: PathBuf,
 }
 
-/// What was measured and under which conditions.
-#[derive(Serialize)]
-struct Report<'a> {
+/// A guest and how long it may take to move.
+pub(crate) struct Case {
+    /// Name in the tables.
+    pub(crate) workload: &'static str,
+    /// The guest.
+    pub(crate) guest: GuestSpec,
+    /// After this a migration is given up.
+    pub(crate) deadline: Duration,
+    /// Whether the guest unpacks files before it is ready.
+    pub(crate) files: bool,
+}
+
+impl Case {
+    /// MiB of guest RAM.
+    pub(crate) fn memory_mib(&self) -> u64 {
+        self.guest.memory_mib.iter().sum()
+    }
+
+    /// Waits until the guest does what it shall: all files are there, and what is rewritten has been once. Says how many
+    /// MiB it rewrites each second.
+    pub(crate) fn wait_settled(&self, console: &Console) -> Result<f64> {
+        if self.files && !console.text().contains("init: files unpacked") {
+            bail!("the guest has no files: {}", console.tail());
+        }
+        const PATIENCE: Duration = Duration::from_secs(120);
+        if self.guest.dirty_mib_s > 0 {
+            console.wait_verified(self.guest.buffer_mib * 256, PATIENCE)?;
+        }
+        let first = console.wait_beats(1, PATIENCE)?;
+        let began = Instant::now();
+        let last = console.wait_beats(10, PATIENCE)?;
+        // What is verified without being rewritten does not count.
+        let pages = match self.guest.dirty_mib_s {
+            0 => 0,
+            _ => last.verified - first.verified,
+        };
+        Ok(pages as f64 / 256.0 / began.elapsed().as_secs_f64())
+    }
+}
+
+/// What is beside the rows.
+#[derive(Default, Serialize, Deserialize)]
+struct Beside {
     kernel: String,
+    qemu: String,
     cpus: usize,
-    memory_mib: u64,
-    fill_mib: u64,
-    dirty_mib_s: u64,
-    runs: u32,
-    samples: &'a [Sample],
+    service: Vec<Service>,
+    /// All samples, by workload.
+    samples: std::collections::BTreeMap<String, serde_json::Value>,
+    /// What the guest of `linux` holds.
+    files: serde_json::Value,
 }
 
-/// Measures, prints a table and writes the samples.
+/// Measures, prints tables and bars, and writes rows and samples.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let rig = Rig::new(&RigSpec::default())?;
+    let beside_path = options.out.with_extension("samples.json");
+    if let Some(dir) = options.out.parent() {
+        fs::create_dir_all(dir)?;
+    }
+    // Rows of workloads that are not measured now stay: a ratio is only made within one workload.
+    let mut rows: Vec<Row> = read(&options.out).unwrap_or_default();
+    let mut beside: Beside = read(&beside_path).unwrap_or_default();
+    beside.kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?
+        .trim()
+        .to_owned();
+    beside.qemu = palanquin_lab::process::run("qemu-system-x86_64", &["--version"])?
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .to_owned();
+    beside.cpus = std::thread::available_parallelism()?.get();
+    let workloads = match &options.workload[..] {
+        _ if options.only_service => &[],
+        [] => &Workload::ALL[..],
+        some => some,
+    };
+    println!("warming up {WARM_MIB} MiB of free memory");
+    warm_up(WARM_MIB)?;
+    let archive = Archive::new(workloads)?;
+    if let Some(contents) = &archive.contents {
+        beside.files = serde_json::to_value(contents)?;
+    }
+    for workload in workloads {
+        let (new, samples) = measure(*workload, options, &archive)?;
+        rows.retain(|row| row.workload != workload.name());
+        rows.extend(new);
+        beside
+            .samples
+            .insert(workload.name().to_owned(), serde_json::to_value(samples)?);
+        write(&options.out, &rows)?;
+        write(&beside_path, &beside)?;
+    }
+    if !options.no_service {
+        beside.service = service::measure(options.runs)?;
+        write(&beside_path, &beside)?;
+    }
+    show(&rows, &beside.service);
+    println!(
+        "\nrows: {}; samples and conditions: {}",
+        options.out.display(),
+        beside_path.display()
+    );
+    Ok(())
+}
+
+fn read<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
+    // What an older version wrote is not understood and is made anew.
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+fn write(path: &Path, value: &impl Serialize) -> Result<()> {
+    fs::write(path, serde_json::to_string_pretty(value)?)
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// The files for the guests' page caches, packed only if a workload needs them, and removed at the end.
+struct Archive {
+    path: PathBuf,
+    contents: Option<Contents>,
+    _dir: tempfile::TempDir,
+}
+
+impl Archive {
+    fn new(workloads: &[Workload]) -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("files.tar");
+        let contents = if workloads.iter().any(|workload| workload.has_files()) {
+            println!("packing {FILES_MIB} MiB of this machine's files");
+            let contents = files::pack(&path, FILES_MIB)?;
+            println!(
+                "{} files, {} MiB, gzip -1 leaves {:.0} %",
+                contents.files,
+                contents.bytes >> 20,
+                contents.gzip_ratio * 100.0
+            );
+            Some(contents)
+        } else {
+            None
+        };
+        Ok(Self {
+            path,
+            contents,
+            _dir: dir,
+        })
+    }
+}
+
+/// One workload, all paths.
+fn measure(
+    workload: Workload,
+    options: &Options,
+    archive: &Archive,
+) -> Result<(Vec<Row>, Vec<Sample>)> {
+    let link_mbit_s = workload.link_mbit_s();
+    let rig = Rig::new(&RigSpec {
+        link_mbit_s,
+        ..RigSpec::default()
+    })?;
     let tls = rig.dir().join("qemu-tls");
     certificates::make(&tls, rig.hosts[1].spec.address.parse()?)?;
-    let mut guest = GuestSpec::small(VM).filled(options.fill_mib).on_network();
-    guest.memory_mib = vec![options.memory_mib];
-    guest.dirty_mib_s = options.dirty_mib_s;
+    let server = if workload.has_files() {
+        Some(FileServer::start(&rig.client, &archive.path)?)
+    } else {
+        None
+    };
+    let case = Case {
+        workload: workload.name(),
+        guest: workload.guest(&FileServer::url()),
+        deadline: workload.deadline(Duration::from_secs(options.hot_deadline_s)),
+        files: workload.has_files(),
+    };
+    let link = link_mbit_s.map_or("no limit".to_owned(), |rate| format!("{rate} Mbit/s"));
+    let conditions = format!(
+        "{} MiB of RAM, link: {link}, given up after {} s",
+        case.memory_mib(),
+        case.deadline.as_secs()
+    );
+    println!("\n{}: {conditions}", workload.name());
+    let measured = paths(workload, options, &rig, &case, &tls, &conditions);
+    if let Some(server) = server {
+        server.finish(&rig.client)?;
+    }
+    measured
+}
+
+fn paths(
+    workload: Workload,
+    options: &Options,
+    rig: &Rig,
+    case: &Case,
+    tls: &Path,
+    conditions: &str,
+) -> Result<(Vec<Row>, Vec<Sample>)> {
     let wanted = |name: &str| {
         options
             .only
             .as_ref()
             .is_none_or(|only| name.contains(only.as_str()))
     };
-    let mut samples = Vec::new();
+    let mut ours = PATHS.to_vec();
+    if workload == Workload::Hot {
+        ours.extend(HOT_PATHS);
+    }
+    let mut samples: Vec<Sample> = Vec::new();
+    let mut refused: Vec<(&str, String)> = Vec::new();
     for run in 1..=options.runs {
         for way in WAYS.into_iter().filter(|way| wanted(way.name)) {
-            samples.push(undisturbed(run, || {
-                qemu::measure(&rig, &guest, way, &tls).context(way.name)
-            })?);
+            let tried = undisturbed(run, || {
+                let sample = qemu::measure(rig, case, way, tls).context(way.name)?;
+                Ok(Tried::Done(Box::new(sample)))
+            })?;
+            samples.extend(tried.ok());
         }
-        if wanted(PALANQUIN) {
-            samples.push(undisturbed(run, || {
-                palanquin(&rig, &guest).context(PALANQUIN)
-            })?);
+        for path in ours.iter().filter(|path| wanted(path.name)) {
+            if refused.iter().any(|(name, _)| *name == path.name) {
+                continue;
+            }
+            match undisturbed(run, || {
+                palanquin::measure(rig, case, path).context(path.name)
+            })? {
+                Ok(sample) => samples.push(sample),
+                Err(why) => {
+                    println!("run {run}: {:<32} refused: {why}", path.name);
+                    refused.push((path.name, why));
+                }
+            }
+        }
+        for (name, floor) in floor::ALL.into_iter().filter(|(name, _)| wanted(name)) {
+            let tried = undisturbed(run, || {
+                let sample = floor(rig, case).context(name)?;
+                Ok(Tried::Done(Box::new(sample)))
+            })?;
+            samples.extend(tried.ok());
         }
     }
-    table(&samples);
-    let report = Report {
-        kernel: fs::read_to_string("/proc/sys/kernel/osrelease")?
-            .trim()
-            .to_owned(),
-        cpus: std::thread::available_parallelism()?.get(),
-        memory_mib: options.memory_mib,
-        fill_mib: options.fill_mib,
-        dirty_mib_s: options.dirty_mib_s,
-        runs: options.runs,
-        samples: &samples,
-    };
-    if let Some(dir) = options.out.parent() {
-        fs::create_dir_all(dir)?;
+    let mut rows = Vec::new();
+    let names = WAYS.iter().map(|way| way.name);
+    for name in names
+        .chain(ours.iter().map(|path| path.name))
+        .chain([FLOOR, HANDOVER])
+    {
+        let of_path: Vec<&Sample> = samples
+            .iter()
+            .filter(|sample| sample.path == name)
+            .collect();
+        rows.extend(Row::new(&of_path, conditions));
+        let why = refused.iter().find(|(refused, _)| *refused == name);
+        rows.extend(why.map(|(_, why)| Row::refused(name, case.workload, why.clone(), conditions)));
     }
-    fs::write(&options.out, serde_json::to_string_pretty(&report)?)?;
-    println!("samples: {}", options.out.display());
-    Ok(())
+    Ok((rows, samples))
 }
 
-/// Measures until nobody else used the machine meanwhile. What decides is only what others did, never what was
-/// measured, and it is the same for all paths.
-fn undisturbed(run: u32, mut measure: impl FnMut() -> Result<Sample>) -> Result<Sample> {
+/// Measures until nobody else used the machine meanwhile; what the agent does not offer is an inner error. What decides
+/// is only what others did, never what was measured, and it is the same for all paths.
+fn undisturbed(
+    run: u32,
+    mut measure: impl FnMut() -> Result<Tried>,
+) -> Result<Result<Sample, String>> {
     for _ in 0..TRIES {
-        let sample = measure()?;
+        let sample = match measure()? {
+            Tried::Done(sample) => *sample,
+            Tried::Refused(why) => return Ok(Err(why)),
+        };
         if sample.foreign_share < QUIET {
-            tell(run, &sample);
-            return Ok(sample);
+            println!(
+                "run {run}: {:<32} total {:>6.0} ms, downtime {:>6} ms, ping gap {:>4.0} ms, {:>5} MiB{}",
+                sample.path,
+                sample.total_ms,
+                row::shown(sample.downtime_ms, 1),
+                sample.ping_gap_ms,
+                sample.bytes_on_wire >> 20,
+                sample
+                    .reason
+                    .as_ref()
+                    .map_or(String::new(), |why| format!("; NOT completed: {why}")),
+            );
+            return Ok(Ok(sample));
         }
         println!(
-            "run {run}: {:<26} discarded: others used {:.0} % of this machine",
+            "run {run}: {:<32} discarded: others used {:.0} % of this machine",
             sample.path,
             sample.foreign_share * 100.0
         );
@@ -123,100 +341,27 @@ fn undisturbed(run: u32, mut measure: impl FnMut() -> Result<Sample>) -> Result<
     bail!("others kept this machine busy during {TRIES} tries: numbers would say nothing");
 }
 
-/// Boots a guest with the agent of the first host and moves it to the second. The start of the container is part of
-/// it; QEMU's own migration finds its destination started.
-fn palanquin(rig: &Rig, guest: &GuestSpec) -> Result<Sample> {
-    let (source, destination) = (&rig.hosts[0], &rig.hosts[1]);
-    source.boot(guest)?;
-    let agents: Vec<u32> = rig
-        .hosts
-        .iter()
-        .filter_map(|host| host.agent_pid())
-        .collect();
-    let pings = Pings::start(&rig.client, GUEST)?;
-    let hypervisor = source.qemus()?;
-    wait_quiet(&hypervisor)?;
-    let watch = Watch::start(hypervisor, agents);
-    let sent = sent_bytes(source)?;
-    let began = Instant::now();
-    let told = rig
-        .migrate(VM, 0, 1, &[])?
-        .expect_status(0)
-        .with_context(|| rig.logs())?;
-    let total = began.elapsed();
-    let watched = watch.finish(&destination.qemus()?);
-    let wire_bytes = sent_bytes(source)? - sent;
-    let info = told.migration()?;
-    rig.check_lives_once(VM, 1)?;
-    let ping = pings.finish()?;
-    destination
-        .palanquin(&["vm", "stop", VM])?
-        .expect_status(0)?;
-    Ok(Sample {
-        path: PALANQUIN,
-        total_ms: total.as_secs_f64() * 1e3,
-        reported_total_ms: info.total_time_ms,
-        reported_downtime_ms: info.downtime_ms,
-        event_downtime_ms: None,
-        ping_gap_ms: ping.longest_gap_ms,
-        cpu_s: watched.cpu_s,
-        wire_bytes,
-        agent_rss_anon_kib: Some(watched.rss_anon_kib),
-        foreign_share: watched.foreign_share,
-    })
-}
-
-fn tell(run: u32, sample: &Sample) {
-    println!(
-        "run {run}: {:<26} total {:>6.0} ms, downtime {:>5.1} ms, ping gap {:>4.0} ms",
-        sample.path, sample.total_ms, sample.reported_downtime_ms, sample.ping_gap_ms
-    );
-}
-
-fn table(samples: &[Sample]) {
-    let mut paths: Vec<&str> = samples.iter().map(|sample| sample.path).collect();
-    paths.dedup();
-    paths.sort_unstable();
-    paths.dedup();
-    println!("\nmedians; total and ping gap are measured from outside, the same way for all");
-    println!(
-        "| path | total | reported total | reported downtime | STOP to RESUME | ping gap | CPU | wire | agent RssAnon |"
-    );
-    println!("|---|---|---|---|---|---|---|---|---|");
-    for path in paths {
-        let of = |value: &dyn Fn(&Sample) -> Option<f64>| {
-            median(
-                samples
-                    .iter()
-                    .filter(|sample| sample.path == path)
-                    .filter_map(value),
-            )
-        };
-        let shown = |value: f64, unit: &str, digits: usize| {
-            if value.is_nan() {
-                "-".to_owned()
-            } else {
-                format!("{value:.digits$} {unit}")
-            }
-        };
-        println!(
-            "| {path} | {} | {} | {} | {} | {} | {} | {} | {} |",
-            shown(of(&|s| Some(s.total_ms)), "ms", 0),
-            shown(of(&|s| Some(s.reported_total_ms)), "ms", 0),
-            shown(of(&|s| Some(s.reported_downtime_ms)), "ms", 1),
-            shown(of(&|s| s.event_downtime_ms), "ms", 1),
-            shown(of(&|s| Some(s.ping_gap_ms)), "ms", 0),
-            shown(of(&|s| Some(s.cpu_s)), "s", 2),
-            shown(
-                of(&|s| Some(s.wire_bytes as f64 / f64::from(1 << 20))),
-                "MiB",
-                0
-            ),
-            shown(
-                of(&|s| s.agent_rss_anon_kib.map(|kib| kib as f64 / 1024.0)),
-                "MiB",
-                1
-            ),
-        );
+/// All tables.
+fn show(rows: &[Row], service: &[Service]) {
+    for workload in Workload::ALL {
+        let of: Vec<&Row> = rows
+            .iter()
+            .filter(|row| row.workload == workload.name())
+            .collect();
+        if let Some(first) = of.first() {
+            println!(
+                "\n{} ({}), medians of {} runs\n",
+                workload.name(),
+                first.conditions,
+                first.runs
+            );
+            print!("{}", row::table(&of));
+        }
     }
+    if !service.is_empty() {
+        println!("\nservice: one client, requests one after the other\n");
+        print!("{}", service::table(service));
+    }
+    println!("\nbars\n");
+    print!("{}", bars::table(&bars::all(rows, service)));
 }

@@ -46,8 +46,9 @@ enum Task {
     },
     /// Measure side by side
     Bench {
-        /// What to measure: peers
-        what: String,
+        /// What to measure, `peers` or `strategies`, and its options
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        what: Vec<String>,
     },
     /// Remove what a killed run left behind
     CleanRig,
@@ -111,7 +112,7 @@ fn perform(task: Task) -> Result<()> {
         }
         Task::Bench { what } => {
             setup::require_root("the benches make network namespaces")?;
-            setup::install()?;
+            setup::install_for_benches()?;
             guest::build()?;
             run(
                 "cargo",
@@ -122,12 +123,12 @@ fn perform(task: Task) -> Result<()> {
                     "palanquin-agent",
                     "-p",
                     "palanquin-cli",
+                    "-p",
+                    "palanquin-benches",
                 ],
             )?;
-            run(
-                "cargo",
-                &["run", "--release", "-p", "palanquin-benches", "--", &what],
-            )
+            let bench = root().join("target/release/palanquin-bench");
+            programs::visible(programs::program(bench).args(what))
         }
         Task::CleanRig => run(
             "cargo",

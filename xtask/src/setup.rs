@@ -20,6 +20,13 @@ const NEEDED: [(&str, &str); 8] = [
     ("/var/lib/dpkg/info/busybox-static.list", "busybox-static"),
 ];
 
+/// What the benches need beyond: QEMU through a tunnel of ssh is one of the paths compared. They start a server of
+/// their own; the one that the package may start is not used.
+const FOR_BENCHES: [(&str, &str); 2] = [
+    ("/usr/bin/ssh", "openssh-client"),
+    ("/usr/sbin/sshd", "openssh-server"),
+];
+
 /// Whether we are root.
 pub(crate) fn is_root() -> bool {
     let id = Command::new("id").arg("-u").output();
@@ -36,7 +43,16 @@ pub(crate) fn require_root(why: &str) -> Result<()> {
 
 /// Installs what is missing.
 pub(crate) fn install() -> Result<()> {
-    let missing = missing(|file| Path::new(file).exists());
+    install_of(&NEEDED)
+}
+
+/// Installs what is missing for the benches as well.
+pub(crate) fn install_for_benches() -> Result<()> {
+    install_of(&[&NEEDED[..], &FOR_BENCHES[..]].concat())
+}
+
+fn install_of(needed: &[(&'static str, &'static str)]) -> Result<()> {
+    let missing = missing(needed, |file| Path::new(file).exists());
     if missing.is_empty() {
         return Ok(());
     }
@@ -61,8 +77,11 @@ pub(crate) fn install() -> Result<()> {
 }
 
 /// Packages whose file isn't `there`; a file below `/usr` may lie directly below `/` as well.
-fn missing(there: impl Fn(&str) -> bool) -> Vec<&'static str> {
-    NEEDED
+fn missing(
+    needed: &[(&'static str, &'static str)],
+    there: impl Fn(&str) -> bool,
+) -> Vec<&'static str> {
+    needed
         .iter()
         .filter(|(file, _)| !there(file) && !there(file.strip_prefix("/usr").unwrap_or(file)))
         .map(|(_, package)| *package)
@@ -75,13 +94,15 @@ mod tests {
 
     #[test]
     fn a_bare_machine_needs_everything_and_a_full_one_nothing() {
-        assert_eq!(missing(|_| false).len(), NEEDED.len());
-        assert!(missing(|_| true).is_empty());
+        assert_eq!(missing(&NEEDED, |_| false).len(), NEEDED.len());
+        assert!(missing(&NEEDED, |_| true).is_empty());
     }
 
     #[test]
     fn programs_directly_below_the_root_count() {
-        let missing = missing(|file| file == "/sbin/ip" || file.starts_with("/var"));
+        let missing = missing(&NEEDED, |file| {
+            file == "/sbin/ip" || file.starts_with("/var")
+        });
         assert!(!missing.contains(&"iproute2") && missing.contains(&"nasm"));
     }
 }

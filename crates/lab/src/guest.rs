@@ -26,6 +26,8 @@ pub struct GuestSpec {
     pub canary: String,
     /// Address in 10.77.0.0/16, and the tap; none without a network.
     pub network: Option<(String, String)>,
+    /// URL of a tar archive that the guest unpacks into its RAM disk before its workload starts; needs a network.
+    pub files: Option<String>,
 }
 
 impl GuestSpec {
@@ -39,6 +41,7 @@ impl GuestSpec {
             fill_mib: 0,
             canary: String::new(),
             network: None,
+            files: None,
         }
     }
 
@@ -73,6 +76,9 @@ impl GuestSpec {
         }
         if let Some((address, _)) = &self.network {
             line += &format!(" palanquin.ip={address}/{}", crate::network::PREFIX_LENGTH);
+        }
+        if let Some(url) = &self.files {
+            line += &format!(" palanquin.files={url}");
         }
         line
     }

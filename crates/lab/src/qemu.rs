@@ -101,8 +101,16 @@ impl Qemu {
 pub struct Qmp {
     stream: UnixStream,
     reader: BufReader<UnixStream>,
-    /// Names of the events that came, and when.
-    events: VecDeque<(String, Instant)>,
+    /// The events that came.
+    events: VecDeque<Event>,
+}
+
+/// An event of QEMU.
+#[derive(Clone, Debug)]
+struct Event {
+    name: String,
+    /// QEMU's own timestamp: time of day when it was raised, with microseconds.
+    at: Duration,
 }
 
 impl Qmp {
@@ -160,23 +168,36 @@ impl Qmp {
     }
 
     fn note(&mut self, message: &Value) {
-        if let Some(event) = message["event"].as_str() {
-            self.events.push_back((event.to_owned(), Instant::now()));
-        }
+        let Some(name) = message["event"].as_str() else {
+            return;
+        };
+        let part = |key: &str| message["timestamp"][key].as_u64().unwrap_or_default();
+        self.events.push_back(Event {
+            name: name.to_owned(),
+            at: Duration::from_secs(part("seconds")) + Duration::from_micros(part("microseconds")),
+        });
     }
 
-    /// Waits for an event and says when it came; events before it are forgotten.
+    /// Takes an event that came already, with all before it: the time of day when QEMU raised it.
+    pub fn take_event(&mut self, name: &str) -> Option<Duration> {
+        while let Some(event) = self.events.pop_front() {
+            if event.name == name {
+                return Some(event.at);
+            }
+        }
+        None
+    }
+
+    /// Waits for an event and says at which time of day QEMU raised it; events before it are forgotten.
     ///
     /// # Errors
     ///
     /// If it does not come.
-    pub fn wait_event(&mut self, name: &str) -> Result<Instant> {
+    pub fn wait_event(&mut self, name: &str) -> Result<Duration> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            while let Some((event, when)) = self.events.pop_front() {
-                if event == name {
-                    return Ok(when);
-                }
+            if let Some(at) = self.take_event(name) {
+                return Ok(at);
             }
             if Instant::now() >= deadline {
                 bail!("no event {name} within {PATIENCE:?}");

@@ -78,7 +78,7 @@ impl Settings {
                 "seed" => settings.seed = number(key, value, 0, u64::MAX)?,
                 "canary" => settings.canary = Some(canary(value)?),
                 // Read by /init, before this program starts.
-                "ip" | "gateway" => {}
+                "ip" | "gateway" | "files" => {}
                 other => return Err(SettingsError::UnknownKey(format!("palanquin.{other}"))),
             }
         }
@@ -160,7 +160,7 @@ mod tests {
     #[test]
     fn keys_of_others_are_passed_over() {
         let line = "console=ttyS0 quiet palanquin.dirty_mib_s=8 palanquin.fill_mib=64 \
-                    palanquin.ip=10.77.1.10/24 palanquin.buffer_mib=32\n";
+                    palanquin.ip=10.77.1.10/24 palanquin.files=http://x/ palanquin.buffer_mib=32\n";
         let expected = Settings {
             dirty_mib_s: 8,
             buffer_mib: 32,

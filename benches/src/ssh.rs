@@ -1,0 +1,136 @@
+//! A tunnel of ssh between two hosts, as Proxmox VE uses it: a UNIX socket of the source, forwarded to one of the
+//! destination (ssh(1), `-L`), with the cipher that both prefer by themselves.
+
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use palanquin_lab::host::Host;
+use palanquin_lab::process::{self, Kept};
+use palanquin_lab::wait;
+
+/// A server starts and a client connects within this time, also on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(20);
+const SERVER: &str = "/usr/sbin/sshd";
+const PORT: &str = "2222";
+
+/// A server at the destination and a client at the source; both are killed when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Tunnel {
+    /// Socket at the source's end.
+    near: PathBuf,
+    _client: Kept,
+    _server: Kept,
+}
+
+impl Tunnel {
+    /// Forwards a new socket at the source to the socket `far` of the destination. Keys, configuration and sockets lie
+    /// in `dir`; nothing of the system's own ssh is used.
+    pub(crate) fn open(source: &Host, destination: &Host, far: &Path, dir: &Path) -> Result<Self> {
+        if !Path::new(SERVER).exists() {
+            bail!("no {SERVER}: install openssh-server");
+        }
+        fs::create_dir_all(dir)?;
+        // Made by the package's service otherwise; the server insists on it (sshd(8)).
+        fs::create_dir_all("/run/sshd")?;
+        for key in ["host-key", "user-key"] {
+            let path = dir.join(key);
+            if !path.exists() {
+                let path = path.display().to_string();
+                let words = ["-q", "-t", "ed25519", "-N", "", "-C", "bench", "-f", &path];
+                process::run("ssh-keygen", &words)?;
+            }
+        }
+        let keys = dir.join("authorized-keys");
+        fs::copy(dir.join("user-key.pub"), &keys)?;
+        fs::set_permissions(&keys, fs::Permissions::from_mode(0o600))?;
+        let server = serve(destination, dir)?;
+        let address = &destination.spec.address;
+        let known = fs::read_to_string(dir.join("host-key.pub"))?;
+        fs::write(
+            dir.join("known-hosts"),
+            format!("[{address}]:{PORT} {known}"),
+        )?;
+        let near = dir.join("near.sock");
+        let _ = fs::remove_file(&near);
+        let client = connect(source, address, &near, far, dir)?;
+        Ok(Self {
+            near,
+            _client: client,
+            _server: server,
+        })
+    }
+
+    /// Socket at the source's end.
+    pub(crate) fn near(&self) -> &Path {
+        &self.near
+    }
+}
+
+/// Starts the server and waits until it listens.
+fn serve(destination: &Host, dir: &Path) -> Result<Kept> {
+    let shown = |name: &str| dir.join(name).display().to_string();
+    // The rig's directory belongs to root alone, but lies below one that everybody may write: hence no StrictModes.
+    let text = format!(
+        "Port {PORT}\nListenAddress {}\nHostKey {}\nAuthorizedKeysFile {}\nPidFile none\nUsePAM no\nStrictModes no\n\
+         PermitRootLogin prohibit-password\nPasswordAuthentication no\nAllowStreamLocalForwarding yes\n\
+         StreamLocalBindUnlink yes\nLogLevel INFO\n",
+        destination.spec.address,
+        shown("host-key"),
+        shown("authorized-keys"),
+    );
+    let (config, log) = (dir.join("sshd-config"), dir.join("sshd.log"));
+    fs::write(&config, text)?;
+    let mut command = destination.namespace.command(SERVER);
+    command.args(["-D", "-e", "-f"]).arg(&config);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(File::create(&log)?);
+    let mut server = Kept::new(command.spawn().context("cannot start sshd")?);
+    wait::until_true("sshd listens", PATIENCE, || {
+        let said = fs::read_to_string(&log)?;
+        if server.ended()?.is_some() {
+            bail!("sshd ended: {said}");
+        }
+        Ok(said.contains("Server listening"))
+    })?;
+    Ok(server)
+}
+
+/// Starts the client and waits until it forwards.
+fn connect(source: &Host, address: &str, near: &Path, far: &Path, dir: &Path) -> Result<Kept> {
+    let log = dir.join("ssh.log");
+    let shown = |name: &str| dir.join(name).display().to_string();
+    let mut command = source.namespace.command("ssh");
+    command.args(["-F", "none", "-N", "-p", PORT, "-l", "root", "-e", "none"]);
+    command.arg("-i").arg(shown("user-key"));
+    for option in [
+        "BatchMode=yes".to_owned(),
+        "ExitOnForwardFailure=yes".to_owned(),
+        "IdentitiesOnly=yes".to_owned(),
+        "StrictHostKeyChecking=yes".to_owned(),
+        "StreamLocalBindUnlink=yes".to_owned(),
+        format!("UserKnownHostsFile={}", shown("known-hosts")),
+    ] {
+        command.args(["-o", &option]);
+    }
+    let forwarded = format!("{}:{}", near.display(), far.display());
+    command.args(["-L", &forwarded, address]);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(File::create(&log)?);
+    let mut client = Kept::new(command.spawn().context("cannot start ssh")?);
+    wait::until_true("ssh forwards", PATIENCE, || {
+        if client.ended()?.is_some() {
+            let server = fs::read_to_string(dir.join("sshd.log"))?;
+            bail!("ssh ended: {}; {server}", fs::read_to_string(&log)?);
+        }
+        Ok(near.exists())
+    })?;
+    Ok(client)
+}

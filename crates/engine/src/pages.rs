@@ -133,11 +133,101 @@ impl PageSet {
 
     /// Adds all pages of the other set, which has the same layout.
     pub fn union(&mut self, other: &Self) {
+        self.each_word(other, |word, other| *word |= other);
+    }
+
+    /// Removes all pages of the other set, which has the same layout.
+    pub fn subtract(&mut self, other: &Self) {
+        self.each_word(other, |word, other| *word &= !other);
+    }
+
+    /// Keeps only pages that are in the other set too, which has the same layout.
+    pub fn intersect(&mut self, other: &Self) {
+        self.each_word(other, |word, other| *word &= other);
+    }
+
+    fn each_word(&mut self, other: &Self, change: impl Fn(&mut u64, u64)) {
         for (mine, theirs) in self.words.iter_mut().zip(&other.words) {
             for (word, other) in mine.iter_mut().zip(theirs) {
-                *word |= other;
+                change(word, *other);
             }
         }
+    }
+
+    /// Takes whole blocks out, from `cursor` (region, block) on and then from the beginning, until at least `pages`
+    /// pages are taken or none is left. Gives them and where to go on.
+    pub fn take(&mut self, cursor: (usize, u64), pages: u64) -> (Self, (usize, u64)) {
+        let mut taken = Self::empty(&self.layout);
+        let mut count = 0;
+        let mut next = cursor;
+        let (region, block) = cursor;
+        let order = (region..self.words.len())
+            .chain(0..=region.min(self.words.len().saturating_sub(1)))
+            .enumerate();
+        for (nth, region) in order {
+            let words = self.words.get_mut(region).into_iter().flatten();
+            let resumes = nth == 0 && region == cursor.0;
+            let skip = if resumes { block as usize * 4 } else { 0 };
+            for (index, word) in words.enumerate().skip(skip) {
+                if index % 4 == 0 && count >= pages {
+                    return (taken, (region, index as u64 / 4));
+                }
+                if *word != 0 {
+                    count += u64::from(word.count_ones());
+                    if let Some(mine) = taken.words.get_mut(region).and_then(|w| w.get_mut(index)) {
+                        *mine |= *word;
+                    }
+                    *word = 0;
+                }
+                next = (region, index as u64 / 4);
+            }
+        }
+        (taken, next)
+    }
+
+    /// Takes the pages of a range within one block out.
+    pub fn take_within_block(&mut self, region: u16, pages: Range<u64>) -> Block {
+        let mut block = Block {
+            region,
+            index: u32::try_from(pages.start / BLOCK_PAGES).unwrap_or(u32::MAX),
+            mask: [0; 4],
+        };
+        let words = self.words.get_mut(usize::from(region));
+        let words = words.map_or(&mut [][..], Vec::as_mut_slice);
+        for page in pages {
+            let word = usize::try_from(page / 64)
+                .ok()
+                .and_then(|i| words.get_mut(i));
+            if let Some(word) = word.filter(|word| **word >> (page % 64) & 1 == 1) {
+                *word &= !(1 << (page % 64));
+                block.insert(page);
+            }
+        }
+        block
+    }
+
+    /// Bits of some pages of a region, the lowest bit of the first byte for page `first`, which must be a multiple of
+    /// 64: the form in which sets travel. Empty behind the region's end.
+    pub fn bits(&self, region: usize, first: u64, bytes_max: usize) -> Vec<u8> {
+        let start = usize::try_from(first / 64).unwrap_or(usize::MAX);
+        let words = self.words.get(region).and_then(|words| words.get(start..));
+        let words = words.unwrap_or_default();
+        let bytes = words.iter().take(bytes_max / 8);
+        bytes.flat_map(|word| word.to_le_bytes()).collect()
+    }
+
+    /// Adds pages from the form that [`PageSet::bits`] gives; false if a page lies outside of the region.
+    pub fn insert_bits(&mut self, region: usize, first: u64, bits: &[u8]) -> bool {
+        let pages = self.layout.pages(region);
+        let mut fits = true;
+        for (index, byte) in (0_u64..).zip(bits) {
+            for bit in (0..8).filter(|bit| byte >> bit & 1 == 1) {
+                let page = first.saturating_add(index * 8 + bit);
+                fits &= page < pages;
+                self.insert(region, page..page.saturating_add(1));
+            }
+        }
+        fits
     }
 
     /// Pages in both sets.
@@ -202,6 +292,16 @@ impl Block {
     /// First page of the block within its region.
     pub fn first_page(&self) -> u64 {
         u64::from(self.index) * BLOCK_PAGES
+    }
+
+    /// Adds a page of the region; one of another block is ignored.
+    pub fn insert(&mut self, page: u64) {
+        let within = page.checked_sub(self.first_page());
+        if let Some(within) = within.and_then(|within| usize::try_from(within).ok())
+            && let Some(word) = self.mask.get_mut(within / 64)
+        {
+            *word |= 1 << (within % 64);
+        }
     }
 
     /// Number of pages in the mask.
@@ -318,6 +418,46 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn what_is_taken_in_slices_is_everything_once(
+            ranges in prop::collection::vec((0usize..2, 0u64..3000, 1u64..600), 0..20),
+            cursor in (0usize..3, 0u64..14),
+            size in 1u64..900,
+        ) {
+            let layout = layout(&[2500, 300]);
+            let mut set = PageSet::empty(&layout);
+            for (region, start, len) in ranges {
+                set.insert(region, start..start + len);
+            }
+            let whole = set.clone();
+            let mut all = PageSet::empty(&layout);
+            let mut cursor = cursor;
+            while !set.is_empty() {
+                let (slice, next) = set.take(cursor, size);
+                prop_assert!(!slice.is_empty());
+                prop_assert!(slice.len() < size + BLOCK_PAGES);
+                prop_assert_eq!(all.count_common(&slice), 0);
+                all.union(&slice);
+                cursor = next;
+            }
+            prop_assert_eq!(all, whole);
+        }
+
+        #[test]
+        fn bits_carry_a_set(ranges in prop::collection::vec((0u64..3000, 1u64..600), 0..20)) {
+            let layout = layout(&[2500]);
+            let mut set = PageSet::empty(&layout);
+            for (start, len) in ranges {
+                set.insert(0, start..start + len);
+            }
+            let mut copy = PageSet::empty(&layout);
+            for first in (0..2500).step_by(640) {
+                prop_assert!(copy.insert_bits(0, first, &set.bits(0, first, 80)));
+            }
+            prop_assert_eq!(&copy, &set);
+            prop_assert!(!copy.insert_bits(0, 2496, &[0xff]));
+        }
+
         #[test]
         fn blocks_name_exactly_the_pages_inserted(
             ranges in prop::collection::vec((0usize..2, 0u64..3000, 0u64..600), 0..20),

@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use crate::pages::PAGE_BYTES;
+use crate::strategy::Allowed;
 
 /// What was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +18,8 @@ pub struct Limits {
     pub deadline: Duration,
     /// Most rounds; then it is aborted. Default 200.
     pub max_rounds: u32,
+    /// What may be done to the VM when it does not converge. Default nothing.
+    pub allowed: Allowed,
 }
 
 impl Default for Limits {
@@ -25,6 +28,7 @@ impl Default for Limits {
             max_downtime: Duration::from_millis(300),
             deadline: Duration::from_secs(600),
             max_rounds: 200,
+            allowed: Allowed::default(),
         }
     }
 }
@@ -36,17 +40,6 @@ const OVERHEAD: Duration = Duration::from_millis(30);
 const NEGLIGIBLE: Duration = Duration::from_millis(3);
 /// Rounds that must have been counted before "not converging" is concluded from the dirty rate.
 const WEIGHT_FULL_BYTES: f64 = 32.0 * 1024.0 * 1024.0;
-
-/// What to do after a round.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Next {
-    /// Another round.
-    Round,
-    /// Pause and send the rest.
-    Switchover,
-    /// Give up: it does not converge within the rounds allowed.
-    NotConverging,
-}
 
 /// Smoothed rates and the prediction made from them.
 #[derive(Clone, Debug, Default)]
@@ -93,19 +86,11 @@ impl Predictor {
         Some(self.time_for(remaining_bytes)? + OVERHEAD)
     }
 
-    /// Decides after `rounds` rounds, with `remaining_bytes` written during the last of them.
-    pub fn decide(&self, limits: &Limits, rounds: u32, remaining_bytes: u64) -> Next {
-        let Some(move_time) = self.time_for(remaining_bytes) else {
-            return Next::Round;
-        };
-        // A pause shorter than the overhead cannot be had: then the least is what is aimed at.
-        if move_time <= NEGLIGIBLE || move_time + OVERHEAD <= limits.max_downtime {
-            Next::Switchover
-        } else if rounds >= limits.max_rounds {
-            Next::NotConverging
-        } else {
-            Next::Round
-        }
+    /// Whether what is left fits into the pause that was asked for. A pause shorter than the overhead cannot be had:
+    /// then the least is what is aimed at.
+    pub fn fits(&self, limits: &Limits, remaining_bytes: u64) -> bool {
+        self.time_for(remaining_bytes)
+            .is_some_and(|time| time <= NEGLIGIBLE || time + OVERHEAD <= limits.max_downtime)
     }
 
     /// Bytes that will probably still move when `remaining_bytes` of this round are left: the rounds that
@@ -127,31 +112,13 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     #[test]
-    fn an_idle_vm_switches_over_after_the_first_round() {
+    fn what_is_left_fits_when_it_moves_within_the_pause() {
         let mut predictor = Predictor::default();
+        let limits = Limits::default();
+        assert!(!predictor.fits(&limits, 4096));
         predictor.round(1 << 30, SECOND, 100);
-        assert_eq!(
-            predictor.decide(&Limits::default(), 1, 100 * 4096),
-            Next::Switchover
-        );
-    }
-
-    #[test]
-    fn a_vm_that_writes_as_fast_as_pages_move_does_not_converge() {
-        let mut predictor = Predictor::default();
-        let limits = Limits {
-            max_rounds: 3,
-            ..Limits::default()
-        };
-        for round in 1..=3 {
-            predictor.round(1 << 30, SECOND, 1 << 18);
-            let expected = if round < 3 {
-                Next::Round
-            } else {
-                Next::NotConverging
-            };
-            assert_eq!(predictor.decide(&limits, round, 1 << 30), expected);
-        }
+        assert!(predictor.fits(&limits, 100 * 4096));
+        assert!(!predictor.fits(&limits, 1 << 29));
     }
 
     #[test]
@@ -162,8 +129,8 @@ mod tests {
             max_downtime: Duration::from_millis(1),
             ..Limits::default()
         };
-        assert_eq!(predictor.decide(&limits, 1, 100 << 20), Next::Round);
-        assert_eq!(predictor.decide(&limits, 2, 1 << 20), Next::Switchover);
+        assert!(!predictor.fits(&limits, 100 << 20));
+        assert!(predictor.fits(&limits, 1 << 20));
     }
 
     #[test]

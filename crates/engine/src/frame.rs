@@ -4,7 +4,7 @@
 //!
 //! | bytes | field |
 //! |---|---|
-//! | 0 | kind: 1 pages, 2 end of round, 3 device state |
+//! | 0 | kind: 1 pages, 2 end of round, 3 device state, 4 stale pages |
 //! | 1 | encoding of pages, see below; for an end of round: 1 if it is the last |
 //! | 2..4 | region (little endian, as all that follows) |
 //! | 4..8 | block within the region; round; chunk of the device state |
@@ -23,6 +23,9 @@
 //! | 3 zstd | one Zstandard frame (RFC 8878) of the raw payload | 1 to `n` * 4096 - 1 |
 //! | 4 delta | for each page what differs from the version sent before it, see below | 2 `n` to `n` * 4096 - 1 |
 //! | 5 duplicate | for each page the region (2 bytes) and number (8 bytes) of a page that it equals | `n` * 10 |
+//!
+//! Stale pages have no payload: they come anew once the VM runs at the destination, which forgets what it has of them.
+//! A stream that has sent the end of the last round twice has sent all of those, too.
 //!
 //! How many bytes a payload becomes is known from the mask alone. A delta needs that its page was sent before over
 //! the same stream, as something else than zeros. So does a duplicate of the page it refers to, which must not be in the
@@ -48,6 +51,7 @@ pub const DELTA_MIN: usize = 2;
 const KIND_PAGES: u8 = 1;
 const KIND_ROUND_END: u8 = 2;
 const KIND_DEVICE_STATE: u8 = 3;
+const KIND_STALE: u8 = 4;
 
 /// A frame, without its payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +78,8 @@ pub enum Frame {
     },
     /// For each page a reference to an equal one follows.
     Duplicate(Block),
+    /// The block's pages come anew after the device state; nothing follows.
+    Stale(Block),
     /// This stream has sent all its pages of the round.
     RoundEnd {
         /// The round, the first is 1.
@@ -130,7 +136,7 @@ impl Frame {
     pub fn payload_bytes(&self) -> usize {
         match self {
             Self::Pages(block) => block.len() as usize * PAGE_BYTES as usize,
-            Self::Zero(_) | Self::RoundEnd { .. } => 0,
+            Self::Zero(_) | Self::Stale(_) | Self::RoundEnd { .. } => 0,
             Self::Duplicate(block) => block.len() as usize * REFERENCE_BYTES,
             Self::Compressed { len, .. }
             | Self::Delta { len, .. }
@@ -153,6 +159,7 @@ impl Frame {
             }
             Self::Delta { block, .. } => (KIND_PAGES, 4, block.region, block.index, block.mask),
             Self::Duplicate(block) => (KIND_PAGES, 5, block.region, block.index, block.mask),
+            Self::Stale(block) => (KIND_STALE, 0, block.region, block.index, block.mask),
             Self::RoundEnd { round, last } => (KIND_ROUND_END, u8::from(last), 0, round, [0; 4]),
             Self::DeviceState { chunk, .. } => (KIND_DEVICE_STATE, 0, 0, chunk, [0; 4]),
         };
@@ -221,6 +228,15 @@ impl Frame {
                     other => return Err(FrameError::Encoding(other)),
                 }
             }
+            KIND_STALE if encoding != 0 => return Err(FrameError::Encoding(encoding)),
+            KIND_STALE => Self::Stale(check_block(
+                Block {
+                    region,
+                    index,
+                    mask,
+                },
+                layout,
+            )?),
             KIND_ROUND_END | KIND_DEVICE_STATE if region != 0 || mask != [0; 4] => {
                 return Err(FrameError::Reserved);
             }
@@ -360,7 +376,7 @@ mod tests {
         #[test]
         fn any_header_is_refused_or_encodes_to_itself(
             mut bytes in prop::array::uniform32(any::<u8>()),
-            kind in 0u8..5,
+            kind in 0u8..6,
             encoding in 0u8..8,
             small in any::<bool>(),
             len in 0u32..3 * 4096,

@@ -47,6 +47,10 @@ pub enum DestinationRecord {
     /// Given up; the VM never ran here and never will.
     #[n(3)]
     Discarded(#[n(0)] Reason),
+    /// Post-copy: the VM is ours under this epoch, and needs pages that are still on the source.
+    /// [`DestinationRecord::Activated`] follows when it does not any more.
+    #[n(4)]
+    Pulling(#[n(0)] Epoch),
 }
 
 /// What a restarted source does.
@@ -69,6 +73,8 @@ pub enum DestinationRecovery {
     Discard,
     /// Resume the VM if it is paused: it is ours.
     Activate(Epoch),
+    /// The same, but accesses to pages that are not here have to wait until the source has sent them.
+    Pull(Epoch),
     /// Nothing to do.
     Nothing,
 }
@@ -92,6 +98,7 @@ impl DestinationRecord {
         match self {
             Self::Reserved(_) => DestinationRecovery::Discard,
             Self::Owned(epoch) => DestinationRecovery::Activate(*epoch),
+            Self::Pulling(epoch) => DestinationRecovery::Pull(*epoch),
             Self::Activated | Self::Discarded(_) => DestinationRecovery::Nothing,
         }
     }
@@ -101,15 +108,19 @@ impl DestinationRecord {
 /// first. While a session still works on it, ownership is final only once the VM was resumed: until then the
 /// session may find that it can't be, and give it back. Without a session, a migration that is only reserved has
 /// to be discarded (durably) by the caller before it is answered, and until then counts as undecided.
+///
+/// A VM that still needs pages has a session, which answers for itself with [`Verdict::Pulling`]. Without one it is
+/// undecided: the source must keep the pages.
 pub fn verdict(records: &[DestinationRecord], session_at_work: bool) -> Verdict {
     let owned = records.iter().rev().find_map(|record| match record {
-        DestinationRecord::Owned(epoch) => Some(*epoch),
+        DestinationRecord::Owned(epoch) | DestinationRecord::Pulling(epoch) => Some(*epoch),
         _ => None,
     });
     match (records.last(), owned) {
         // A discard after `Owned` means that the VM could not be resumed here and never ran.
         (Some(DestinationRecord::Discarded(_)), _) => Verdict::Discarded,
         (Some(DestinationRecord::Activated), Some(epoch)) => Verdict::Owned(epoch),
+        (Some(DestinationRecord::Pulling(_)), _) => Verdict::Undecided,
         (_, Some(epoch)) if !session_at_work => Verdict::Owned(epoch),
         (Some(_), _) => Verdict::Undecided,
         (None, _) => Verdict::Unknown,
@@ -147,6 +158,15 @@ mod tests {
         assert_eq!(
             decide(&[reserved.clone(), discarded.clone()]),
             both(Verdict::Discarded)
+        );
+        let pulling = DestinationRecord::Pulling(Epoch(5));
+        assert_eq!(
+            decide(&[reserved.clone(), pulling.clone()]),
+            both(Verdict::Undecided)
+        );
+        assert_eq!(
+            decide(&[pulling, DestinationRecord::Activated]),
+            both(owned_5)
         );
         assert_eq!(
             decide(&[reserved, owned, discarded]),

@@ -43,6 +43,7 @@ pub mod order;
 pub mod pages;
 pub mod progress;
 pub mod source;
+pub mod strategy;
 pub mod time;
 
 pub use destination::{Destination, DestinationAction, DestinationConfig};

@@ -7,9 +7,10 @@ use minicbor::{Decode, Encode};
 
 use crate::ids::{Epoch, MigrationId, Root, Sha256, StreamSecret, VmId};
 use crate::order::Order;
+use crate::strategy::PostCopyUse;
 
 /// Versions of the protocol that this code speaks, best first.
-pub const VERSIONS: [u16; 1] = [1];
+pub const VERSIONS: [u16; 1] = [2];
 /// Longest encoded message in bytes, without its length.
 pub const MESSAGE_MAX: usize = 512 * 1024;
 /// Longest descriptor in bytes.
@@ -18,6 +19,10 @@ pub const DESCRIPTOR_MAX: usize = 256 * 1024;
 pub const STREAMS_MAX: u16 = 16;
 /// Most blockers that are told.
 pub const BLOCKERS_MAX: usize = 64;
+/// Most bytes of bits in a [`Present`]: enough for 8 GiB of RAM.
+pub const PRESENT_MAX: usize = 256 * 1024;
+/// Most entries of a histogram of waiting times.
+pub const FAULT_BUCKETS: usize = 40;
 
 /// A message of the control channel.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
@@ -79,6 +84,15 @@ pub enum Message {
     /// Its answer.
     #[n(18)]
     CheckReply(#[n(0)] Vec<WireBlocker>),
+    /// Post-copy: the VM waits for this page.
+    #[n(19)]
+    Demand(#[n(0)] Demand),
+    /// Post-copy, after a reconnection: pages that are on the destination already.
+    #[n(20)]
+    Present(#[n(0)] Present),
+    /// Post-copy: all pages have arrived.
+    #[n(21)]
+    Complete(#[n(0)] Complete),
 }
 
 impl Message {
@@ -104,6 +118,9 @@ impl Message {
             Self::Verdict(_) => "Verdict",
             Self::Check(_) => "Check",
             Self::CheckReply(_) => "CheckReply",
+            Self::Demand(_) => "Demand",
+            Self::Present(_) => "Present",
+            Self::Complete(_) => "Complete",
         }
     }
 }
@@ -160,6 +177,9 @@ pub struct Offer {
     /// Seed of the page digests.
     #[n(4)]
     pub digest_seed: u64,
+    /// Whether the VM may run on the destination before all of its pages are there.
+    #[n(5)]
+    pub post_copy: PostCopyUse,
 }
 
 /// Why a destination does not take the VM.
@@ -199,12 +219,80 @@ pub struct Accepted {
     /// From this the proofs are made that open the streams.
     #[n(1)]
     pub stream_secret: StreamSecret,
+    /// Whether post-copy is possible; then one more stream is opened, for pages that the VM waits for.
+    #[n(2)]
+    pub post_copy: bool,
 }
 
 impl std::fmt::Debug for Accepted {
     /// The secret must not end in a log.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Accepted")
+            .field("streams", &self.streams)
+            .field("post_copy", &self.post_copy)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A page that a virtual CPU waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Demand {
+    /// Region of RAM.
+    #[n(0)]
+    pub region: u16,
+    /// Page within the region.
+    #[n(1)]
+    pub page: u64,
+}
+
+/// Some of the pages that are on the destination; those not named by any message are not.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Present {
+    /// Region of RAM.
+    #[n(0)]
+    pub region: u16,
+    /// The page of the first bit; a multiple of 64.
+    #[n(1)]
+    pub first_page: u64,
+    /// A bit for each page, the lowest of each byte first; at most [`PRESENT_MAX`] bytes.
+    #[cbor(n(2), with = "minicbor::bytes")]
+    pub bits: Vec<u8>,
+    /// Whether no other message follows.
+    #[n(3)]
+    pub last: bool,
+}
+
+/// All pages have arrived after the VM began to run.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Complete {
+    /// Root over the pages that arrived; absent where the destination was restarted meanwhile and does not know.
+    #[n(0)]
+    pub root: Option<Root>,
+    /// How many accesses had to wait for how long: entry `n` counts those below 2 to the power of `n` microseconds,
+    /// and not in an entry before; at most [`FAULT_BUCKETS`].
+    #[n(1)]
+    pub fault_wait_log2_us: Vec<u64>,
+}
+
+/// From this the streams of a VM that runs before all of its pages are there are opened anew.
+#[derive(Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Rejoin {
+    /// Data streams, without the one for pages that the VM waits for.
+    #[n(0)]
+    pub streams: u16,
+    /// From this the proofs are made that open the streams.
+    #[n(1)]
+    pub stream_secret: StreamSecret,
+}
+
+impl std::fmt::Debug for Rejoin {
+    /// The secret must not end in a log.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Rejoin")
             .field("streams", &self.streams)
             .finish_non_exhaustive()
     }
@@ -223,6 +311,9 @@ pub struct Seal {
     /// Its SHA-256.
     #[n(2)]
     pub device_state_sha256: Sha256,
+    /// Whether pages follow once the VM runs.
+    #[n(3)]
+    pub post_copy: bool,
 }
 
 /// Why a migration ends, in words that cross the wire.
@@ -280,6 +371,9 @@ pub enum Verdict {
     /// No record of it: only the operator can tell.
     #[n(3)]
     Unknown,
+    /// The destination owns and runs the VM, and needs the pages that it does not have yet.
+    #[n(4)]
+    Pulling(#[n(0)] Rejoin),
 }
 
 /// Bytes that are not a message.
@@ -392,6 +486,18 @@ impl Message {
             ),
             Self::Refused(refused) => check(blockers(&refused.blockers), "list of blockers"),
             Self::CheckReply(list) => check(blockers(list), "list of blockers"),
+            Self::Verdict(Verdict::Pulling(rejoin)) => check(
+                (1..=STREAMS_MAX).contains(&rejoin.streams),
+                "number of streams",
+            ),
+            Self::Present(present) => {
+                check(present.bits.len() <= PRESENT_MAX, "set of pages")?;
+                check(present.first_page.is_multiple_of(64), "first page of a set")
+            }
+            Self::Complete(complete) => check(
+                complete.fault_wait_log2_us.len() <= FAULT_BUCKETS,
+                "histogram",
+            ),
             Self::Abort(reason) | Self::Discarded(reason) => check(
                 reason.code.len() <= 64 && reason.message.len() <= 2048,
                 "reason",
@@ -449,6 +555,7 @@ mod tests {
                 region_pages: vec![393_216, 1],
                 streams: 2,
                 digest_seed: 9,
+                post_copy: PostCopyUse::IfPossible,
             }),
             Message::Refused(Refused {
                 by_gate: true,
@@ -457,6 +564,7 @@ mod tests {
             Message::Accepted(Accepted {
                 streams: 2,
                 stream_secret: StreamSecret([3; 32]),
+                post_copy: true,
             }),
             Message::StreamsReady,
             Message::RoundReceived(7),
@@ -464,6 +572,7 @@ mod tests {
                 rounds: 3,
                 device_state_bytes: 200_000,
                 device_state_sha256: Sha256([4; 32]),
+                post_copy: true,
             }),
             Message::Ready(Root([5; 32])),
             Message::Commit(Epoch(9)),
@@ -479,6 +588,24 @@ mod tests {
             Message::Verdict(Verdict::Owned(Epoch(3))),
             Message::Verdict(Verdict::Discarded),
             Message::CheckReply(vec![blocker]),
+            Message::Verdict(Verdict::Pulling(Rejoin {
+                streams: 2,
+                stream_secret: StreamSecret([6; 32]),
+            })),
+            Message::Demand(Demand {
+                region: 1,
+                page: 77,
+            }),
+            Message::Present(Present {
+                region: 1,
+                first_page: 640,
+                bits: vec![1, 2, 3],
+                last: true,
+            }),
+            Message::Complete(Complete {
+                root: Some(Root([8; 32])),
+                fault_wait_log2_us: vec![0, 3],
+            }),
         ]
     }
 
@@ -515,6 +642,7 @@ mod tests {
         let many = Message::Accepted(Accepted {
             streams: 17,
             stream_secret: StreamSecret([0; 32]),
+            post_copy: false,
         });
         let bytes = many.encode().unwrap();
         assert_eq!(
@@ -528,6 +656,7 @@ mod tests {
         let accepted = Accepted {
             streams: 1,
             stream_secret: StreamSecret([0xab; 32]),
+            post_copy: false,
         };
         assert!(!format!("{:?}", Message::Accepted(accepted)).contains("abab"));
     }

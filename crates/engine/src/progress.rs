@@ -68,8 +68,33 @@ pub struct Progress {
     pub downtime: DowntimeParts,
     /// Smoothed rates.
     pub predictor: Predictor,
+    /// Pages left out of a round because they were written again before their turn.
+    pub pages_skipped: u64,
+    /// Share of its CPU time that the VM gets; 0 before anything was decided, 1 is all.
+    pub throttle_share: f64,
+    /// Pages that the VM waited for on the destination.
+    pub demands: u64,
+    /// How long it waited, see [`crate::message::Complete`].
+    pub fault_wait_log2_us: Vec<u64>,
+    /// Times that both sides came together again after the VM ran on the destination.
+    pub rejoined: u32,
+    /// Whether the pages that arrived after the switchover are those that were sent; absent without such pages.
+    pub pulled_verified: Option<bool>,
+    notes: Vec<Note>,
     percent: f64,
 }
+
+/// Why something was decided.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Note {
+    /// Rounds begun.
+    pub rounds: u32,
+    /// One lowercase sentence.
+    pub why: String,
+}
+
+/// Most notes that are kept.
+const NOTES_MAX: usize = 64;
 
 impl Progress {
     /// Nothing done yet.
@@ -96,6 +121,18 @@ impl Progress {
         if total > 0.0 {
             // The last percent is the switchover.
             self.percent = self.percent.max((99.0 * done / total).min(99.0));
+        }
+    }
+
+    /// Why what was decided, oldest first; one for each change of mind, at most 64.
+    pub fn notes(&self) -> &[Note] {
+        &self.notes
+    }
+
+    pub(crate) fn note(&mut self, note: Note) {
+        let repeats = self.notes.last().is_some_and(|last| last.why == note.why);
+        if !repeats && self.notes.len() < NOTES_MAX {
+            self.notes.push(note);
         }
     }
 

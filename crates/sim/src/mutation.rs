@@ -27,10 +27,18 @@ pub enum Mutation {
     RecoveryDiscardsOwned,
     /// The destination forgets its journal when it restarts.
     JournalLostOnRestart,
+    /// The source removes its copy when the VM runs elsewhere, though pages are still missing there.
+    EraseAtRunning,
+    /// After a reconnection the destination names a page as present that is not.
+    ClaimMissingPagePresent,
+    /// The destination keeps pages that it was told to forget before the switchover.
+    KeepStalePages,
+    /// A restarted destination lets accesses to missing pages see zeros.
+    RecoveryForgetsMissing,
 }
 
 /// All of them.
-pub const ALL: [Mutation; 12] = [
+pub const ALL: [Mutation; 16] = [
     Mutation::ResumeOnLostConnection,
     Mutation::CommitBeforeDurable,
     Mutation::RunBeforeOwnedIsDurable,
@@ -43,4 +51,8 @@ pub const ALL: [Mutation; 12] = [
     Mutation::EraseAtCommit,
     Mutation::RecoveryDiscardsOwned,
     Mutation::JournalLostOnRestart,
+    Mutation::EraseAtRunning,
+    Mutation::ClaimMissingPagePresent,
+    Mutation::KeepStalePages,
+    Mutation::RecoveryForgetsMissing,
 ];

@@ -5,7 +5,8 @@ use crate::ids::{Root, Sha256, StreamSecret};
 use crate::journal::SourceRecord;
 use crate::message::{Message, Reason, WireBlocker};
 use crate::order::Order;
-use crate::pages::PageSet;
+use crate::pages::{Block, PageSet, RamLayout};
+use crate::strategy::Strategy;
 use crate::time::Timing;
 
 /// Names an action whose end the driver reports.
@@ -17,12 +18,16 @@ pub struct Op(pub u64);
 pub struct SourceConfig {
     /// Who moves what where.
     pub order: Order,
+    /// The algorithm.
+    pub strategy: Strategy,
     /// What was asked for.
     pub limits: Limits,
     /// Deadlines.
     pub timing: Timing,
     /// Version of the software, told to the other side.
     pub software: String,
+    /// Layout of the VM's RAM; absent where its hypervisor is gone.
+    pub layout: Option<RamLayout>,
 }
 
 /// What the driver has to do. Actions that concern the VM (`Pause`, `SaveDeviceState`, `Resume`, `Erase`) are
@@ -47,6 +52,8 @@ pub enum SourceAction {
         op: Op,
         /// Number of streams.
         streams: u16,
+        /// Whether one more is opened behind them, for pages that the VM waits for.
+        urgent: bool,
         /// For the proofs that open them.
         secret: StreamSecret,
     },
@@ -59,6 +66,13 @@ pub enum SourceAction {
         /// Whether this is the first time.
         first: bool,
     },
+    /// Report the pages written since the last collection, and let the next collection name them again.
+    Peek(Op),
+    /// Report all pages that hold data. The VM is paused.
+    FindData(Op),
+    /// Give the VM this share of its CPU time; 1 is all of it. Failures are told with
+    /// [`Source::handle_throttle_failed`].
+    Throttle(f64),
     /// Send these pages on the streams; behind the last of them mark the end of the round where asked to.
     SendPages {
         /// To report with.
@@ -70,14 +84,36 @@ pub enum SourceAction {
         /// What follows the pages.
         then: RoundMark,
     },
+    /// Tell on the streams that these pages will come anew after the device state, and end the last round; then
+    /// report. From here on the streams do not refer to earlier versions of pages, because the VM may write them there.
+    SendStale {
+        /// To report with.
+        op: Op,
+        /// The pages: the destination forgets them.
+        pages: PageSet,
+        /// The round that ends.
+        round: u32,
+    },
+    /// Post-copy: send these pages before all others, on the stream for that.
+    SendUrgent {
+        /// To report with.
+        op: Op,
+        /// The pages.
+        block: Block,
+    },
     /// Stop the virtual CPUs, then report.
     Pause(Op),
     /// Save the device state, keep it, report its length and digest.
     SaveDeviceState(Op),
     /// Send the device state that was saved, then report.
     SendDeviceState(Op),
-    /// Compute the root over the digests of what was sent, then report.
+    /// Compute the root over the digests of what was sent, then report. Pages that are sent after the device state do
+    /// not count.
     ComputeRoot(Op),
+    /// Compute the root over the digests of the pages that were sent after the device state, then report.
+    ComputePulledRoot(Op),
+    /// Close the data streams; what was under way need not be reported any more.
+    CloseStreams,
     /// Stop sending pages and tracking writes; what was under way need not be reported any more.
     StopCopying,
     /// Let the VM run (or leave it paused where the order says so), then report.
@@ -97,6 +133,8 @@ pub enum RoundMark {
     End,
     /// The end of the last round.
     Last,
+    /// Post-copy: the end of all pages; also on the stream for pages that the VM waits for.
+    Pushed,
 }
 
 /// How an action ended well.
@@ -115,6 +153,8 @@ pub enum SourceDone {
     },
     /// The root asked for.
     Root(Root),
+    /// After a restart not all digests are known any more, see [`SourceAction::ComputePulledRoot`].
+    NoRoot,
 }
 
 /// How an action failed.
@@ -159,6 +199,8 @@ pub enum SourcePhase {
     Switchover,
     /// Commit record and `Running`.
     Committing,
+    /// The VM runs on the destination, and gets its last pages.
+    PostCopy,
     /// Asking the destination.
     InDoubt,
     /// Removing the VM here, or taking it back.

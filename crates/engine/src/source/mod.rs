@@ -2,17 +2,23 @@
 //!
 //! ```text
 //! Ordering ─▶ Connecting ─▶ Greeting ─▶ Offering ─▶ OpeningStreams ─▶ Arming
-//!    ─▶ Collecting ⇄ Sending ─▶ Pausing ─▶ Draining ─▶ Sealing ─▶ AwaitReady
+//!    ─▶ Collecting ⇄ Sending | Calm ─▶ Pausing ─▶ Draining ─▶ Sealing ─▶ AwaitReady
 //!    ─▶ Committing ═▶ AwaitRunning ─▶ Releasing ─▶ Erasing ─▶ Closing ─▶ Ended
 //!                          │  ▲
 //!                          ▼  │ verdict
 //!                        InDoubt ─▶ TakingBack ─▶ Resuming ─▶ Ended
+//! post-copy:  AwaitRunning ─▶ Serving ─▶ Verifying ─▶ Releasing …
+//!                                │ ▲
+//!                                ▼ │ streams, pages present
+//!                        InDoubt ─▶ Rejoining
 //! any state left of ═▶ :  Resuming ─▶ RecordingAbort ─▶ Ended(running on the source)
 //! ```
 //!
 //! Left of `═▶` the VM may be resumed at any time; right of it only the destination's durable answer decides.
 
 mod action;
+mod post_copy;
+mod present;
 mod state;
 mod steps;
 mod turn_back;
@@ -24,17 +30,21 @@ pub use self::action::{
     AbortDisposition, Ending, Failure, Op, RoundMark, SourceAction, SourceConfig, SourceDone,
     SourcePhase,
 };
-use self::state::{AfterResume, Doubt, Draining, DrainingPages, State, Step};
+use self::post_copy::PostCopy;
+use self::state::{AfterResume, Doubt, Draining, DrainingPages, Sending, SendingStep, State, Step};
 use crate::ids::{Epoch, Root};
 use crate::journal::{SourceRecord, SourceRecovery};
 use crate::message::{Hello, Message, Offer, Query, Reason, VERSIONS, Verdict, WireBlocker};
 use crate::order::Order;
-use crate::pages::PageSet;
+use crate::pages::{PageSet, RamLayout};
 use crate::progress::{Progress, SentCounters};
+use crate::strategy::{PostCopyUse, Scheduler};
 use crate::time::{Liveness, Pulse, Time};
 
 /// Most attempts to resume a VM that stays paused.
 const RESUME_ATTEMPTS: u32 = 5;
+/// Longest delay before dialling again while the VM runs on the destination without all of its pages.
+const REDIAL_MAX_POST_COPY: Duration = Duration::from_secs(1);
 
 /// The state machine of a source, see the [module](self).
 #[derive(Debug)]
@@ -57,6 +67,20 @@ pub struct Source {
     root: Option<Root>,
     mark: Time,
     progress: Progress,
+    scheduler: Scheduler,
+    layout: Option<RamLayout>,
+    /// Pages that wait for the last round.
+    backlog: Option<PageSet>,
+    /// Pages given to the streams in this round.
+    round_sent_pages: u64,
+    post_copy: Option<PostCopy>,
+    pages_lost: bool,
+    /// Whether the destination has said that it runs the VM and needs pages.
+    told_pulling: bool,
+    /// Why the VM ended on the destination, which owned it.
+    ended_there: Option<Reason>,
+    /// Whether this goes on after a restart: then it is not known how the VM was sealed.
+    recovered: bool,
 }
 
 /// Pages sent at least once, to count what is sent again.
@@ -75,6 +99,7 @@ impl Source {
     /// Goes on after a restart of the agent, from the newest durable record. The VM may be paused.
     pub fn recover(now: Time, config: SourceConfig, record: &SourceRecord) -> Self {
         let mut source = Self::at(now, config, None);
+        source.recovered = true;
         let restarted = Reason::new("agent-restarted", "the agent of the source was restarted");
         match record.recovery() {
             SourceRecovery::Resume => {
@@ -98,7 +123,21 @@ impl Source {
     }
 
     fn at(now: Time, config: SourceConfig, offer: Option<Offer>) -> Self {
+        let scheduler = Scheduler::new(config.strategy, config.limits);
+        let offer = offer.map(|offer| Offer {
+            post_copy: scheduler.post_copy_use(),
+            ..offer
+        });
         Self {
+            scheduler,
+            layout: config.layout.clone(),
+            backlog: None,
+            round_sent_pages: 0,
+            post_copy: None,
+            pages_lost: false,
+            told_pulling: false,
+            ended_there: None,
+            recovered: false,
             config,
             offer,
             state: State::Ended,
@@ -156,6 +195,9 @@ impl Source {
             self.state,
             State::Committing(_)
                 | State::AwaitRunning
+                | State::Serving
+                | State::Rejoining { .. }
+                | State::Verifying { .. }
                 | State::InDoubt(_)
                 | State::Releasing(_)
                 | State::Erasing { .. }
@@ -171,12 +213,18 @@ impl Source {
         match self.state {
             State::Ordering(_) | State::Connecting | State::Greeting => SourcePhase::Preparing,
             State::Offering | State::OpeningStreams { .. } => SourcePhase::Reserving,
-            State::Arming(_) | State::Collecting(_) | State::Sending(_) => SourcePhase::PreCopy,
+            State::Arming(_) | State::Collecting(_) | State::Sending(_) | State::Calm => {
+                SourcePhase::PreCopy
+            }
             State::Pausing { .. }
             | State::Draining(_)
             | State::Sealing { .. }
             | State::AwaitReady { .. } => SourcePhase::Switchover,
             State::Committing(_) | State::AwaitRunning => SourcePhase::Committing,
+            State::Serving | State::Rejoining { .. } | State::Verifying { .. } => {
+                SourcePhase::PostCopy
+            }
+            State::InDoubt(_) if self.runs_on_destination() => SourcePhase::PostCopy,
             State::InDoubt(_) => SourcePhase::InDoubt,
             State::Releasing(_)
             | State::Erasing { .. }
@@ -238,6 +286,11 @@ impl Source {
                 self.actions.push_back(SourceAction::Resume(again));
             }
             State::InDoubt(Doubt::Waiting) => self.dial(now),
+            State::Calm => self.collect(false),
+            State::Rejoining { .. } => {
+                let reason = Reason::new("peer-silent", "the destination does not go on");
+                self.connection_lost(now, reason);
+            }
             State::Retrying(Step::Release) => self.release(self.commit_epoch()),
             State::Retrying(Step::Erase) => self.erase(),
             State::Retrying(Step::Close) => self.close(),
@@ -281,6 +334,27 @@ impl Source {
             let reason = Reason::new("vm-ended", "the VM's hypervisor ended on the source");
             self.abort(now, reason);
         }
+        // In doubt the destination is told once it is connected again, see `rejoin`.
+        if matches!(self.state, State::Serving | State::Rejoining { .. }) {
+            self.lose_pages(now);
+        }
+    }
+
+    /// The VM could not be throttled.
+    pub fn handle_throttle_failed(&mut self, reason: &Reason) {
+        self.scheduler.throttle_failed();
+        self.progress.throttle_share = 1.0;
+        self.note(&format!("the VM cannot be throttled: {reason}"));
+    }
+
+    /// Whether this goes on after a restart of the agent.
+    pub fn is_recovered(&self) -> bool {
+        self.recovered
+    }
+
+    /// Whether the VM is known to run on the destination while pages of it are still here.
+    pub fn runs_on_destination(&self) -> bool {
+        self.told_pulling || self.post_copy.as_ref().is_some_and(|post| post.runs)
     }
 
     /// What the streams have sent so far, over the whole migration.
@@ -314,7 +388,9 @@ impl Source {
     fn connection_lost(&mut self, now: Time, reason: Reason) {
         self.live = None;
         match self.state {
-            State::AwaitRunning | State::InDoubt(_) => self.doubt(now, reason),
+            State::AwaitRunning | State::InDoubt(_) | State::Serving | State::Rejoining { .. } => {
+                self.doubt(now, reason);
+            }
             // The record is on its way to the disk: when it is there we are in doubt.
             State::Committing(_) => self.reason = Some(reason),
             _ if self.may_turn_back() => self.abort(now, reason),
@@ -367,9 +443,23 @@ impl Source {
                 self.abort(now, reason);
             }
             (State::Offering, Message::Accepted(accepted)) => {
-                let wanted = self.offer.as_ref().map_or(0, |offer| offer.streams);
-                if accepted.streams > wanted {
+                let most = self.offer.as_ref().map_or(0, |offer| offer.streams);
+                if accepted.streams > most {
                     return self.misbehaved(now, "it accepted more streams than were offered");
+                }
+                let wanted = self.scheduler.post_copy_use();
+                if accepted.post_copy && wanted == PostCopyUse::No {
+                    return self.misbehaved(now, "it accepted post-copy, which was not offered");
+                }
+                if !accepted.post_copy && wanted == PostCopyUse::Required {
+                    return self
+                        .misbehaved(now, "it accepted without post-copy, which was required");
+                }
+                self.scheduler.post_copy_ready(accepted.post_copy);
+                if !accepted.post_copy && wanted == PostCopyUse::IfPossible {
+                    self.note(
+                        "the destination cannot run the VM before all of its pages are there",
+                    );
                 }
                 let op = self.op();
                 self.state = State::OpeningStreams {
@@ -381,6 +471,7 @@ impl Source {
                 self.actions.push_back(SourceAction::OpenStreams {
                     op,
                     streams: accepted.streams,
+                    urgent: accepted.post_copy,
                     secret: accepted.stream_secret,
                 });
             }
@@ -403,7 +494,14 @@ impl Source {
                     return self.misbehaved(now, "it acknowledged a round that was not sent");
                 }
                 self.round_acknowledged = round;
-                if matches!(self.state, State::Sending(None)) {
+                let sent = matches!(
+                    &self.state,
+                    State::Sending(Sending {
+                        step: SendingStep::Acknowledged,
+                        ..
+                    })
+                );
+                if sent {
                     self.collect(false);
                 }
             }
@@ -413,23 +511,49 @@ impl Source {
                 self.mark = now;
                 self.compare(now);
             }
+            (State::AwaitRunning, Message::Running(epoch))
+                if self.post_copy.is_some() && epoch == self.config.order.epoch.next() =>
+            {
+                self.progress.downtime.resume = now - self.mark;
+                self.serve();
+            }
             (State::AwaitRunning | State::InDoubt(_), Message::Running(epoch))
-                if epoch == self.config.order.epoch.next() =>
+                if self.post_copy.is_none() && epoch == self.config.order.epoch.next() =>
             {
                 self.progress.downtime.resume = now - self.mark;
                 self.release(epoch);
             }
-            (State::AwaitRunning | State::InDoubt(_), Message::Discarded(reason)) => {
+            (
+                State::Sealing { .. }
+                | State::AwaitReady { .. }
+                | State::Committing(_)
+                | State::AwaitRunning
+                | State::Serving
+                | State::Rejoining { .. },
+                Message::Demand(demand),
+            ) if self.post_copy.is_some() => self.demanded(now, demand),
+            (State::Serving, Message::Complete(complete)) => self.completed(complete),
+            (State::Rejoining { ready, .. }, Message::StreamsReady) => {
+                *ready = true;
+                self.rejoined(now);
+            }
+            (State::Rejoining { .. }, Message::Present(present)) => {
+                self.told_present(now, &present);
+            }
+            (State::AwaitRunning | State::InDoubt(_), Message::Discarded(reason))
+                if !(self.told_pulling
+                    || self.post_copy.as_ref().is_some_and(|post| post.runs)) =>
+            {
                 self.reason = Some(reason);
                 self.take_back();
             }
-            (State::AwaitRunning, Message::Verdict(Verdict::Owned(epoch)))
+            (State::AwaitRunning | State::Serving, Message::Verdict(Verdict::Owned(epoch)))
                 if epoch == self.config.order.epoch.next() =>
             {
-                self.reason = Some(Reason::new(
-                    "vm-ended-on-destination",
-                    "the destination owns the VM, but its hypervisor ended there",
-                ));
+                let what = "the destination owns the VM, but its hypervisor ended there";
+                let reason = Reason::new("vm-ended-on-destination", what);
+                self.reason = Some(reason.clone());
+                self.ended_there = Some(reason);
                 self.release(epoch);
             }
             (State::InDoubt(doubt @ Doubt::Greeting), Message::HelloReply(reply))
@@ -488,8 +612,24 @@ impl Source {
             (State::Collecting(expected), SourceDone::Collected(pages)) if *expected == op => {
                 self.collected(now, pages);
             }
-            (State::Sending(expected), SourceDone::Done) if *expected == Some(op) => {
-                *expected = None;
+            (
+                State::Sending(Sending {
+                    step: SendingStep::Peeking(expected),
+                    ..
+                }),
+                SourceDone::Collected(pages),
+            ) if *expected == op => self.peeked(&pages),
+            (
+                State::Sending(Sending {
+                    step: SendingStep::Slice(expected, false),
+                    ..
+                }),
+                SourceDone::Done,
+            ) if *expected == op => self.peek(),
+            (State::Sending(Sending { step, .. }), SourceDone::Done)
+                if *step == SendingStep::Slice(op, true) =>
+            {
+                *step = SendingStep::Acknowledged;
                 // A round counts when it has arrived: what lies in socket buffers would lengthen the pause and
                 // make the path look faster than it is.
                 if self.round_acknowledged == self.progress.rounds {
@@ -527,10 +667,42 @@ impl Source {
                 self.close();
             }
             (State::Closing(expected), SourceDone::Done) if *expected == op => {
+                if self.pages_lost {
+                    // It runs on the destination until it touches a page that was lost.
+                    let reason = self.reason_or_unknown();
+                    return self.finish(Ending::VmLost(reason));
+                }
+                if let Some(reason) = self.ended_there.take() {
+                    self.send(now, Message::Erased);
+                    return self.finish(Ending::VmLost(reason));
+                }
                 self.reason = None;
                 self.progress.complete();
                 self.send(now, Message::Erased);
                 self.finish(Ending::Completed);
+            }
+            (State::Rejoining { open, .. }, SourceDone::Done) if *open == Some(op) => {
+                *open = None;
+                self.rejoined(now);
+            }
+            (State::Rejoining { find, .. }, SourceDone::Collected(pages)) if *find == Some(op) => {
+                *find = None;
+                self.found_data(pages);
+                self.rejoined(now);
+            }
+            (
+                State::Verifying {
+                    op: expected,
+                    theirs,
+                },
+                done,
+            ) if *expected == op => {
+                let theirs = *theirs;
+                let ours = match done {
+                    SourceDone::Root(root) => Some(root),
+                    _ => None,
+                };
+                self.verified(theirs, ours);
             }
             (State::TakingBack(expected), SourceDone::Done) if *expected == op => {
                 self.resume(AfterResume::Finish);
@@ -550,6 +722,7 @@ impl Source {
             (State::RecordingAbort { op: expected }, SourceDone::Done) if *expected == op => {
                 self.end_on_source();
             }
+            (_, SourceDone::Done) => self.post_copy_sent(op),
             // Late reports of what was given up.
             _ => {}
         }
@@ -557,6 +730,7 @@ impl Source {
 
     fn failed(&mut self, now: Time, op: Op, failure: Failure) {
         let concerns_us = self.may_turn_back() && self.is_current(op);
+        let is_post_copy = self.is_post_copy(op);
         self.vm_gone |= failure.vm_gone;
         match &mut self.state {
             State::Committing(expected) if *expected == op => {
@@ -598,6 +772,20 @@ impl Source {
                 self.reason = Some(failure.reason);
                 self.resume(AfterResume::Finish);
             }
+            State::Rejoining { open, find, .. } if *open == Some(op) || *find == Some(op) => {
+                self.connection_lost(now, failure.reason);
+            }
+            State::Verifying {
+                op: expected,
+                theirs,
+            } if *expected == op => {
+                let theirs = *theirs;
+                self.verified(theirs, None);
+            }
+            State::AwaitRunning | State::Serving if is_post_copy => {
+                // A stream broke; both sides come together again.
+                self.connection_lost(now, failure.reason);
+            }
             _ if concerns_us => self.abort(now, failure.reason),
             _ => {}
         }
@@ -621,96 +809,5 @@ impl Source {
         self.reason = Some(reason);
         self.deadline = Some(now + Duration::from_secs(1));
         self.state = State::Retrying(step);
-    }
-
-    // Small things.
-
-    fn reason_or_unknown(&self) -> Reason {
-        self.reason
-            .clone()
-            .unwrap_or_else(|| Reason::new("unknown", "no reason was recorded"))
-    }
-
-    fn why_not_done(&self) -> Reason {
-        let predictor = &self.progress.predictor;
-        Reason::new(
-            "not-converging",
-            format!(
-                "not done after {} rounds and the time allowed: the guest writes {} MiB/s, {} MiB/s are \
-                 moved, a switchover would pause it for about {} ms",
-                self.progress.rounds,
-                predictor.dirty_rate_bytes_per_s() >> 20,
-                predictor.rate_bytes_per_s() >> 20,
-                self.progress
-                    .predicted_downtime
-                    .unwrap_or_default()
-                    .as_millis(),
-            ),
-        )
-    }
-
-    fn turning_back(&self) -> bool {
-        matches!(
-            self.state,
-            State::Resuming { .. } | State::RecordingAbort { .. }
-        )
-    }
-
-    /// Whether the overall deadline counts: a VM that is paused already is better finished.
-    fn copying(&self) -> bool {
-        matches!(
-            self.state,
-            State::Connecting
-                | State::Greeting
-                | State::Offering
-                | State::OpeningStreams { .. }
-                | State::Arming(_)
-                | State::Collecting(_)
-                | State::Sending(_)
-        )
-    }
-
-    /// Whether a report of this action concerns the present state.
-    fn is_current(&self, op: Op) -> bool {
-        match &self.state {
-            State::Ordering(expected)
-            | State::OpeningStreams { op: expected, .. }
-            | State::Arming(expected)
-            | State::Collecting(expected)
-            | State::Pausing { op: expected, .. } => *expected == op,
-            State::Sending(expected) => *expected == Some(op),
-            State::Draining(draining) => {
-                draining.save == Some(op)
-                    || match &draining.pages {
-                        DrainingPages::Collecting { op: expected, .. }
-                        | DrainingPages::Sending(expected)
-                        | DrainingPages::Rechecking(expected)
-                        | DrainingPages::Last(expected) => *expected == op,
-                        DrainingPages::Sent => false,
-                    }
-            }
-            State::Sealing { send, root_op, .. } => *send == Some(op) || *root_op == op,
-            State::AwaitReady { root_op, .. } => *root_op == op,
-            _ => false,
-        }
-    }
-
-    fn op(&mut self) -> Op {
-        let op = Op(self.next_op);
-        self.next_op += 1;
-        op
-    }
-
-    fn journal(&mut self, record: SourceRecord) -> Op {
-        let op = self.op();
-        self.actions.push_back(SourceAction::Journal(op, record));
-        op
-    }
-
-    fn send(&mut self, now: Time, message: Message) {
-        if let Some(live) = &mut self.live {
-            live.spoke(now);
-            self.actions.push_back(SourceAction::Send(message));
-        }
     }
 }

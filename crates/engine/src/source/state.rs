@@ -2,7 +2,7 @@
 
 use super::action::Op;
 use crate::ids::{Root, Sha256};
-use crate::message::Seal;
+use crate::message::{Demand, Seal};
 use crate::pages::PageSet;
 use crate::time::Time;
 
@@ -19,11 +19,14 @@ pub(super) enum State {
     },
     Arming(Op),
     Collecting(Op),
-    Sending(Option<Op>),
+    Sending(Sending),
+    /// Nothing is worth sending now; the deadline ends it.
+    Calm,
     Pausing {
         op: Op,
         pending: PageSet,
         began: Time,
+        post_copy: bool,
     },
     Draining(Draining),
     Sealing {
@@ -39,6 +42,23 @@ pub(super) enum State {
     },
     Committing(Op),
     AwaitRunning,
+    /// Post-copy: the VM runs on the destination and gets its pages.
+    Serving,
+    /// Post-copy, after a reconnection: until streams are open and it is known which pages are there.
+    Rejoining {
+        open: Option<Op>,
+        ready: bool,
+        find: Option<Op>,
+        present: PageSet,
+        all_present: bool,
+        /// Pages that the VM waits for already.
+        demands: Vec<Demand>,
+    },
+    /// All pages have arrived; whether they are the ones that were sent.
+    Verifying {
+        op: Op,
+        theirs: Option<Root>,
+    },
     InDoubt(Doubt),
     Releasing(Op),
     Erasing {
@@ -59,12 +79,34 @@ pub(super) enum State {
     Ended,
 }
 
+/// A round under way.
+#[derive(Debug)]
+pub(super) struct Sending {
+    pub(super) step: SendingStep,
+    /// Pages of the round that were not given to the streams yet.
+    pub(super) rest: PageSet,
+    /// Where the next slice begins.
+    pub(super) cursor: (usize, u64),
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum SendingStep {
+    /// Looking which of the rest were written again.
+    Peeking(Op),
+    /// A slice; true for the last.
+    Slice(Op, bool),
+    /// All is sent; until the destination says so too.
+    Acknowledged,
+}
+
 /// The VM is paused: its last pages and its device state are collected side by side.
 #[derive(Debug)]
 pub(super) struct Draining {
     pub(super) save: Option<Op>,
     pub(super) saved: Option<(u64, Sha256)>,
     pub(super) pages: DrainingPages,
+    /// Post-copy: what is sent after the switchover.
+    pub(super) rest: Option<PageSet>,
 }
 
 #[derive(Debug)]

@@ -1,14 +1,24 @@
 //! Steps forward, in the order of a migration.
 
+use std::time::Duration;
+
 use super::{
-    Doubt, Draining, DrainingPages, Op, RoundMark, Source, SourceAction, SourceDone, State,
+    Doubt, Draining, DrainingPages, Op, PostCopy, REDIAL_MAX_POST_COPY, RoundMark, Sending,
+    SendingStep, Source, SourceAction, SourceDone, State,
 };
-use crate::convergence::Next;
 use crate::ids::{Epoch, Sha256};
 use crate::journal::SourceRecord;
 use crate::message::{Message, Reason, Seal, Verdict};
 use crate::pages::{PAGE_BYTES, PageSet};
+use crate::strategy::{Boundary, Next, Strategy};
 use crate::time::Time;
+
+/// Pages of a round that are given to the streams at once where pages that were written again are left out: 64 MiB.
+const SLICE_PAGES: u64 = 16_384;
+/// Rounds of fewer pages wait for more, where others wait anyway: 1 MiB.
+const TINY_PAGES: u64 = 256;
+/// How long nothing is done when nothing but pages that wait for the last round is left.
+const CALM: Duration = Duration::from_millis(50);
 
 impl Source {
     pub(super) fn arm(&mut self) {
@@ -24,56 +34,142 @@ impl Source {
         self.actions.push_back(SourceAction::Collect { op, first });
     }
 
-    /// `pages` were written since the last round began: send them, or switch over.
+    /// `pages` were written since the last collection: send them, or switch over.
     pub(super) fn collected(&mut self, now: Time, pages: PageSet) {
         let rounds = self.progress.rounds;
+        let mut left = pages.clone();
+        if let Some(backlog) = &self.backlog {
+            left.union(backlog);
+        }
         if rounds > 0 {
+            let bytes = self.round_sent_pages * PAGE_BYTES;
             let elapsed = now - self.mark;
-            let bytes = self.progress.round_pages * PAGE_BYTES;
             self.progress.predictor.round(bytes, elapsed, pages.len());
             self.progress.predicted_downtime =
-                self.progress.predictor.predicted_downtime(pages.bytes());
+                self.progress.predictor.predicted_downtime(left.bytes());
         }
-        let next = if rounds == 0 {
-            Next::Round
-        } else {
-            self.progress
-                .predictor
-                .decide(&self.config.limits, rounds, pages.bytes())
-        };
-        match next {
-            Next::Round => {
-                self.mark = now;
-                self.begin_round(&pages);
-                let op = self.op();
-                self.state = State::Sending(Some(op));
-                self.actions.push_back(SourceAction::SendPages {
-                    op,
-                    pages,
-                    round: self.progress.rounds,
-                    then: RoundMark::End,
-                });
+        let decision = self.scheduler.decide(&Boundary {
+            rounds,
+            written: &pages,
+            left: &left,
+            elapsed: now - self.progress.began,
+            predictor: &self.progress.predictor,
+        });
+        self.note(&decision.why);
+        match decision.next {
+            Next::Round { postponed } => self.next_round(now, left, &postponed),
+            Next::Throttle { share, postponed } => {
+                self.progress.throttle_share = share;
+                self.actions.push_back(SourceAction::Throttle(share));
+                self.next_round(now, left, &postponed);
             }
-            Next::Switchover => {
-                let op = self.op();
-                self.vm_may_be_paused = true;
-                self.state = State::Pausing {
-                    op,
-                    pending: pages,
-                    began: now,
-                };
-                self.deadline = Some(now + self.config.timing.switchover);
-                self.actions.push_back(SourceAction::Pause(op));
-            }
+            Next::Switchover => self.switch_over(now, left, false),
+            Next::PostCopy => self.switch_over(now, left, true),
             Next::NotConverging => self.abort(now, self.why_not_done()),
         }
     }
 
-    pub(super) fn begin_round(&mut self, pages: &PageSet) {
+    /// Sends what is left but the pages that wait for the last round.
+    fn next_round(&mut self, now: Time, mut left: PageSet, postponed: &PageSet) {
+        let mut sends = left.clone();
+        sends.subtract(postponed);
+        self.mark = now;
+        self.round_sent_pages = 0;
+        // With pages waiting, one round of next to nothing would follow the other.
+        let auto = self.scheduler.strategy() == Strategy::Auto;
+        let tiny = auto && sends.len() < TINY_PAGES && !postponed.is_empty();
+        if (sends.is_empty() || tiny) && self.progress.rounds > 0 {
+            self.backlog = Some(left);
+            self.state = State::Calm;
+            self.deadline = Some(now + CALM);
+            return;
+        }
+        left.intersect(postponed);
+        self.backlog = Some(left);
+        self.begin_round(sends.len());
+        self.state = State::Sending(Sending {
+            step: SendingStep::Acknowledged,
+            rest: sends,
+            cursor: (0, 0),
+        });
+        self.send_slice();
+    }
+
+    /// Gives the streams the next pages of the round.
+    fn send_slice(&mut self) {
+        let op = self.op();
+        let slice_pages = if self.scheduler.strategy().skips_written() {
+            SLICE_PAGES
+        } else {
+            u64::MAX
+        };
+        let State::Sending(sending) = &mut self.state else {
+            return;
+        };
+        let (pages, cursor) = sending.rest.take(sending.cursor, slice_pages);
+        let last = sending.rest.is_empty();
+        sending.cursor = cursor;
+        sending.step = SendingStep::Slice(op, last);
+        self.count_resent(&pages);
+        self.round_sent_pages += pages.len();
+        self.actions.push_back(SourceAction::SendPages {
+            op,
+            pages,
+            round: self.progress.rounds,
+            then: if last {
+                RoundMark::End
+            } else {
+                RoundMark::None
+            },
+        });
+    }
+
+    /// Looks which pages of the round were written again before their turn has come.
+    pub(super) fn peek(&mut self) {
+        let op = self.op();
+        if let State::Sending(sending) = &mut self.state {
+            sending.step = SendingStep::Peeking(op);
+            self.actions.push_back(SourceAction::Peek(op));
+        }
+    }
+
+    /// Leaves out what was written again: the next collection names it anyway (`TO_SKIP` of Ma et al.).
+    pub(super) fn peeked(&mut self, written: &PageSet) {
+        if let State::Sending(sending) = &mut self.state {
+            let before = sending.rest.len();
+            sending.rest.subtract(written);
+            let skipped = before - sending.rest.len();
+            self.progress.pages_skipped += skipped;
+            self.progress.round_pages = self.progress.round_pages.saturating_sub(skipped);
+        }
+        self.send_slice();
+    }
+
+    fn switch_over(&mut self, now: Time, left: PageSet, post_copy: bool) {
+        let op = self.op();
+        self.backlog = None;
+        self.vm_may_be_paused = true;
+        // With the share it has left it would take longer to stop.
+        self.lift_throttle();
+        self.state = State::Pausing {
+            op,
+            pending: left,
+            began: now,
+            post_copy,
+        };
+        // Whoever asks for stop-and-copy asks for a long pause.
+        let allowed = match self.scheduler.strategy() {
+            Strategy::StopAndCopy => self.config.limits.deadline,
+            _ => self.config.timing.switchover,
+        };
+        self.deadline = Some(now + allowed.max(self.config.timing.switchover));
+        self.actions.push_back(SourceAction::Pause(op));
+    }
+
+    fn begin_round(&mut self, pages: u64) {
         self.progress.rounds += 1;
         self.progress.pages_before += self.progress.round_pages;
-        self.progress.round_pages = pages.len();
-        self.count_resent(pages);
+        self.progress.round_pages = pages;
     }
 
     pub(super) fn count_resent(&mut self, pages: &PageSet) {
@@ -87,8 +183,12 @@ impl Source {
     }
 
     pub(super) fn paused(&mut self, now: Time) {
-        let State::Pausing { pending, began, .. } =
-            std::mem::replace(&mut self.state, State::Ended)
+        let State::Pausing {
+            pending,
+            began,
+            post_copy,
+            ..
+        } = std::mem::replace(&mut self.state, State::Ended)
         else {
             return;
         };
@@ -99,6 +199,7 @@ impl Source {
         self.state = State::Draining(Draining {
             save: Some(save),
             saved: None,
+            rest: post_copy.then(|| pending.clone()),
             pages: DrainingPages::Collecting { op, pending },
         });
         self.actions
@@ -129,14 +230,21 @@ impl Source {
             ) if *expected == op => {
                 pending.union(&pages);
                 let pages = pending.clone();
-                begin = Some(pages.clone());
-                draining.pages = DrainingPages::Sending(next);
-                action = Some(SourceAction::SendPages {
-                    op: next,
-                    pages,
-                    round: round + 1,
-                    then: RoundMark::None,
-                });
+                if let Some(rest) = &mut draining.rest {
+                    *rest = pages;
+                    draining.pages = DrainingPages::Sent;
+                    self.progress.downtime.final_pages = now - self.mark;
+                    begin = Some(PageSet::empty(rest.layout()));
+                } else {
+                    begin = Some(pages.clone());
+                    draining.pages = DrainingPages::Sending(next);
+                    action = Some(SourceAction::SendPages {
+                        op: next,
+                        pages,
+                        round: round + 1,
+                        then: RoundMark::None,
+                    });
+                }
             }
             (DrainingPages::Sending(expected), SourceDone::Done) if *expected == op => {
                 draining.pages = DrainingPages::Sent;
@@ -146,18 +254,37 @@ impl Source {
                 if *expected == op =>
             {
                 draining.pages = DrainingPages::Last(next);
-                action = Some(SourceAction::SendPages {
-                    op: next,
-                    pages,
-                    round,
-                    then: RoundMark::Last,
+                action = Some(if let Some(rest) = &mut draining.rest {
+                    rest.union(&pages);
+                    // Also what was never sent: a page that was may have brought zeros in for its neighbours, where the
+                    // destination's kernel gives out huge pages.
+                    let stale = match &self.touched {
+                        Some(_) => rest.clone(),
+                        None => PageSet::empty(rest.layout()),
+                    };
+                    SourceAction::SendStale {
+                        op: next,
+                        pages: stale,
+                        round,
+                    }
+                } else {
+                    SourceAction::SendPages {
+                        op: next,
+                        pages,
+                        round,
+                        then: RoundMark::Last,
+                    }
                 });
             }
             (DrainingPages::Last(expected), SourceDone::Done) if *expected == op => {
                 finished = draining.saved;
+                self.post_copy = draining.rest.take().map(PostCopy::new);
             }
             _ => {}
         }
+        let State::Draining(draining) = &mut self.state else {
+            return;
+        };
         let recheck = draining.saved.is_some() && matches!(draining.pages, DrainingPages::Sent);
         if recheck {
             draining.pages = DrainingPages::Rechecking(next);
@@ -167,7 +294,8 @@ impl Source {
             });
         }
         if let Some(pages) = begin {
-            self.begin_round(&pages);
+            self.begin_round(pages.len());
+            self.count_resent(&pages);
         }
         if let Some(action) = action {
             if let SourceAction::SendPages {
@@ -199,6 +327,7 @@ impl Source {
             rounds: self.progress.rounds,
             device_state_bytes: bytes,
             device_state_sha256: sha256,
+            post_copy: self.post_copy.is_some(),
         };
         self.state = State::Sealing {
             send: Some(send),
@@ -270,9 +399,17 @@ impl Source {
         self.reason = Some(reason);
         self.live = None;
         self.actions.push_back(SourceAction::Disconnect);
+        if self.post_copy.is_some() {
+            self.actions.push_back(SourceAction::CloseStreams);
+        }
         let exponent = self.redials.min(16);
         let delay = self.config.timing.redial_min * 2_u32.pow(exponent);
-        let delay = delay.min(self.config.timing.redial_max);
+        let longest = if self.runs_on_destination() {
+            REDIAL_MAX_POST_COPY.min(self.config.timing.redial_max)
+        } else {
+            self.config.timing.redial_max
+        };
+        let delay = delay.min(longest);
         self.redials = self.redials.saturating_add(1);
         self.deadline = Some(now + delay);
         self.state = State::InDoubt(Doubt::Waiting);
@@ -289,10 +426,27 @@ impl Source {
 
     pub(super) fn judged(&mut self, now: Time, verdict: Verdict) {
         match verdict {
-            Verdict::Owned(epoch) if epoch == self.commit_epoch() => self.release(epoch),
+            Verdict::Owned(epoch) if epoch == self.commit_epoch() => {
+                if self.post_copy.is_some() && self.progress.pulled_verified.is_none() {
+                    self.progress.pulled_verified = Some(false);
+                    self.note("the connection broke before the pages sent after the switchover were compared");
+                }
+                self.release(epoch);
+            }
+            Verdict::Pulling(rejoin) if self.post_copy.is_some() || self.recovered => {
+                self.rejoin(now, rejoin);
+            }
+            Verdict::Pulling(_) => self.doubt(
+                now,
+                Reason::new("peer-misbehaved", "the destination asks for pages that it was not promised"),
+            ),
             Verdict::Owned(_) => self.doubt(
                 now,
                 Reason::new("epoch-mismatch", "the destination names another epoch of the VM"),
+            ),
+            Verdict::Discarded if self.runs_on_destination() => self.doubt(
+                now,
+                Reason::new("peer-misbehaved", "the destination discards a VM that it runs"),
             ),
             Verdict::Discarded => {
                 self.reason = Some(Reason::new(

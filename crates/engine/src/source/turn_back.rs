@@ -29,6 +29,7 @@ impl Source {
         }
         self.reason.get_or_insert(reason);
         self.deadline = None;
+        self.lift_throttle();
         if self.vm_may_be_paused && !self.vm_gone {
             // The VM first: nobody waits for the rest.
             self.resume(AfterResume::RecordAbort);
@@ -36,6 +37,13 @@ impl Source {
         } else {
             self.actions.push_back(SourceAction::StopCopying);
             self.resumed(AfterResume::RecordAbort);
+        }
+    }
+
+    pub(super) fn lift_throttle(&mut self) {
+        if self.scheduler.is_throttled() {
+            self.actions.push_back(SourceAction::Throttle(1.0));
+            self.progress.throttle_share = 1.0;
         }
     }
 

@@ -48,6 +48,21 @@ impl World {
             Some(DestinationRecovery::Activate(_)) if self.is(Mutation::RecoveryDiscardsOwned) => {
                 self.discard_leftover();
             }
+            Some(DestinationRecovery::Pull(_)) if self.is(Mutation::RecoveryForgetsMissing) => {
+                if let Some(copy) = &mut self.copies[1] {
+                    copy.run = Run::Running;
+                    copy.waits = false;
+                }
+                self.destination_records.push(DestinationRecord::Activated);
+            }
+            Some(DestinationRecovery::Pull(_)) if self.copies[1].is_none() => {
+                self.destination_records.push(DestinationRecord::Activated);
+            }
+            Some(DestinationRecovery::Pull(_)) => {
+                let config = Self::destination_config();
+                let (order, layout) = (self.order.clone(), self.layout.clone());
+                self.destination = Some(Destination::recover(self.time(), config, order, layout));
+            }
             Some(DestinationRecovery::Activate(_)) => {
                 if let Some(copy) = &mut self.copies[1] {
                     copy.run = Run::Running;
@@ -114,10 +129,16 @@ impl World {
                     run: Run::Incoming,
                     memory,
                     dirty,
+                    waits: false,
                 });
                 self.received_versions = vec![0; PAGES as usize];
                 self.state_arrived = false;
-                (op, Ok(DestinationDone::Done))
+                let post_copy = self.wishes != PostCopyUse::No && self.post_copy_possible;
+                if self.wishes == PostCopyUse::Required && !post_copy {
+                    (op, Ok(DestinationDone::Blocked(Vec::new())))
+                } else {
+                    (op, Ok(DestinationDone::Reserved { post_copy }))
+                }
             }
             ContainerJob::Load(op) | ContainerJob::Activate(op) if fails || !alive => {
                 (op, Err(failed(!alive)))
@@ -136,10 +157,13 @@ impl World {
             ContainerJob::Activate(op) => {
                 if let Some(copy) = &mut self.copies[1] {
                     copy.run = Run::Running;
-                    if self.paused_memory.as_ref() != Some(&copy.memory) {
-                        // Found by the final check as a second running copy never is: say it here.
-                        self.corrupt = true;
-                    }
+                    let paused = self.paused_memory.iter().flatten();
+                    let differs = paused
+                        .zip(&copy.memory)
+                        .any(|(paused, here)| paused != here && !(copy.waits && *here == 0));
+                    // Found by the final check as a second running copy never is: say it here.
+                    self.corrupt |= !self.ran && differs;
+                    self.ran = true;
                 }
                 (op, Ok(DestinationDone::Done))
             }
@@ -195,7 +219,10 @@ impl World {
                 }
             }
             DestinationAction::Journal(op, record) => {
-                let owned = matches!(record, DestinationRecord::Owned(_));
+                let owned = matches!(
+                    record,
+                    DestinationRecord::Owned(_) | DestinationRecord::Pulling(_)
+                );
                 if owned
                     && self.is(Mutation::RunBeforeOwnedIsDurable)
                     && let Some(copy) = &mut self.copies[1]
@@ -208,11 +235,53 @@ impl World {
                 let delay = self.disk_delay();
                 self.after(delay, Event::DestinationJournal(life, op, record));
             }
-            DestinationAction::Reserve(op, _) => {
+            DestinationAction::Reserve(op, offer) => {
+                self.wishes = offer.post_copy;
                 self.destination_jobs.push_back(ContainerJob::Reserve(op));
             }
             DestinationAction::ExpectStreams { op, .. } => self.expecting = Some(op),
-            DestinationAction::LoadDeviceState(op, _) => {
+            DestinationAction::TellPresent => {
+                let mut present = PageSet::empty(&self.layout);
+                let copy = self.copies[1].iter();
+                for (page, version) in copy.flat_map(|copy| (0..).zip(&copy.memory)) {
+                    if *version != 0 || self.is(Mutation::ClaimMissingPagePresent) {
+                        present.insert(0, page..page + 1);
+                    }
+                }
+                self.send_to_source(Message::Present(Present {
+                    region: 0,
+                    first_page: 0,
+                    bits: present.bits(0, 0, 64),
+                    last: true,
+                }));
+            }
+            DestinationAction::EndPulling(op) => {
+                let fails = self.now < FAULTS_END && self.random.one_in(50);
+                if let Some(copy) = self.copies[1].as_mut().filter(|_| !fails) {
+                    copy.waits = false;
+                    self.corrupt |= copy.memory.contains(&0);
+                }
+                let result = if fails {
+                    Err(failed(false))
+                } else {
+                    Ok(DestinationDone::Pulled(Complete {
+                        root: None,
+                        fault_wait_log2_us: Vec::new(),
+                    }))
+                };
+                if let Some(destination) = &mut self.destination {
+                    destination.handle_done(now, op, result);
+                }
+            }
+            DestinationAction::Disconnect => {
+                let end = std::mem::take(&mut self.destination_end);
+                let delay = self.delay(30);
+                self.after(delay, Event::SourceLost(end));
+            }
+            DestinationAction::LoadDeviceState(op, seal) => {
+                if let Some(copy) = &mut self.copies[1] {
+                    copy.waits = seal.post_copy;
+                }
                 self.destination_jobs.push_back(ContainerJob::Load(op));
             }
             DestinationAction::ComputeRoot(op) => {

@@ -10,15 +10,16 @@ use std::time::Duration;
 
 use palanquin_engine::convergence::Limits;
 use palanquin_engine::destination::{
-    DestinationAction, DestinationConfig, DestinationDone, DestinationEnding,
+    DestinationAction, DestinationConfig, DestinationDone, DestinationEnding, DestinationPhase,
 };
 use palanquin_engine::ids::{Sha256, StreamSecret};
 use palanquin_engine::journal::{DestinationRecovery, verdict};
-use palanquin_engine::message::{HelloReply, Offer, Reason, Verdict};
+use palanquin_engine::message::{Complete, Demand, HelloReply, Offer, Present, Reason, Verdict};
 use palanquin_engine::order::Ledger;
 use palanquin_engine::source::{
     Ending, Failure, Op, RoundMark, SourceAction, SourceConfig, SourceDone,
 };
+use palanquin_engine::strategy::{Allowed, PostCopyUse, Strategy};
 use palanquin_engine::time::Timing;
 use palanquin_engine::{
     Destination, DestinationRecord, Epoch, Message, MigrationId, Order, PageSet, RamLayout, Root,
@@ -75,6 +76,8 @@ struct Copy {
     run: Run,
     memory: Vec<u64>,
     dirty: PageSet,
+    /// Post-copy: a page of version 0 is not there, and whoever touches it waits.
+    waits: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -88,6 +91,8 @@ enum Event {
     DestinationLost(u32),
     Pages(u32, Vec<(u64, u64)>),
     RoundEnd(u32, u32, bool),
+    Stale(u32, Vec<u64>),
+    Pushed(u32),
     State(u32),
     SourceJournal(u64, Op, SourceRecord),
     DestinationJournal(u64, Op, DestinationRecord),
@@ -128,6 +133,11 @@ struct World {
     queue: BinaryHeap<Reverse<(u64, u64)>>,
     events: Vec<Option<Event>>,
     mutation: Option<Mutation>,
+    strategy: Strategy,
+    limits: Limits,
+    post_copy_possible: bool,
+    /// Longest time between two writes of the guest.
+    write_delay_ms: u64,
     layout: RamLayout,
     order: Order,
     copies: [Option<Copy>; 2],
@@ -152,6 +162,8 @@ struct World {
     destination_timer: u64,
     received_versions: Vec<u64>,
     state_arrived: bool,
+    wishes: PostCopyUse,
+    ran: bool,
     expecting: Option<Op>,
     corrupt: bool,
     container_killed: bool,
@@ -161,6 +173,8 @@ struct World {
     destination_end: u32,
     session_connection: u32,
     black: bool,
+    /// Connections up to this one have lost something.
+    dead: u32,
     wire_free: u64,
     back_free: u64,
     // What happened.
@@ -212,10 +226,28 @@ impl World {
             run: Run::Running,
             memory: (1..=PAGES).collect(),
             dirty: PageSet::empty(&layout),
+            waits: false,
         };
+        let mut random = Random::new(seed);
+        let strategy = Strategy::ALL[random.below(Strategy::ALL.len() as u64) as usize];
+        let allowed = Allowed {
+            throttle: random.one_in(2),
+            post_copy: random.one_in(2),
+        };
+        // A pause that short makes the rounds count.
+        let max_downtime = Duration::from_millis(if random.one_in(2) { 1 } else { 300 });
         Self {
+            strategy,
+            limits: Limits {
+                max_rounds: 8,
+                max_downtime,
+                allowed,
+                ..Limits::default()
+            },
+            post_copy_possible: !random.one_in(5),
+            write_delay_ms: if random.one_in(4) { 1 } else { 6 },
             now: 0,
-            random: Random::new(seed),
+            random,
             queue: BinaryHeap::new(),
             events: Vec::new(),
             mutation,
@@ -241,6 +273,8 @@ impl World {
             destination_timer: u64::MAX,
             received_versions: vec![0; PAGES as usize],
             state_arrived: false,
+            wishes: PostCopyUse::No,
+            ran: false,
             expecting: None,
             corrupt: false,
             container_killed: false,
@@ -249,6 +283,7 @@ impl World {
             destination_end: 0,
             session_connection: 0,
             black: false,
+            dead: 0,
             wire_free: 0,
             back_free: 0,
             doubted: false,
@@ -297,12 +332,21 @@ impl World {
     fn config(&self) -> SourceConfig {
         SourceConfig {
             order: self.order.clone(),
-            limits: Limits {
-                max_rounds: 8,
-                ..Limits::default()
-            },
+            strategy: self.strategy,
+            limits: self.limits,
+            layout: self.copies[0].is_some().then(|| self.layout.clone()),
             timing: Self::timing(),
             software: "sim".to_owned(),
+        }
+    }
+
+    fn destination_config() -> DestinationConfig {
+        DestinationConfig {
+            timing: Self::timing(),
+            software: "sim".to_owned(),
+            stream_secret: StreamSecret([0; 32]),
+            streams_max: 2,
+            device_state_max: 1 << 20,
         }
     }
 
@@ -313,6 +357,7 @@ impl World {
             region_pages: vec![PAGES],
             streams: 2,
             digest_seed: 0,
+            post_copy: PostCopyUse::No,
         };
         self.source = Some(Source::new(self.time(), self.config(), offer));
         self.after(0, Event::GuestWrites);
@@ -363,8 +408,14 @@ impl World {
     }
 
     fn settled(&self) -> bool {
+        // A VM whose missing pages are lost waits for its operator.
+        let lost = self.copies[0].is_none()
+            && self
+                .destination
+                .as_ref()
+                .is_some_and(|d| d.phase() == DestinationPhase::PostCopy);
         self.source.is_none()
-            && self.destination.is_none()
+            && (self.destination.is_none() || self.killed && lost)
             && self.source_up
             && self.destination_up
             && !self.destination_busy
@@ -485,6 +536,14 @@ impl World {
                     destination.handle_round(now, round, last);
                 }
             }
+            Event::Stale(connection, pages) => self.stale(connection, &pages),
+            Event::Pushed(connection) => {
+                if connection == self.session_connection
+                    && let Some(destination) = &mut self.destination
+                {
+                    destination.handle_pushed(now);
+                }
+            }
             Event::State(connection) => {
                 self.state_arrived |= connection == self.session_connection;
             }
@@ -533,15 +592,23 @@ impl World {
     fn guest_writes(&mut self) {
         for host in 0..2 {
             let page = self.random.below(PAGES);
-            if let Some(copy) = &mut self.copies[host]
-                && copy.run == Run::Running
-            {
+            let Some(copy) = &mut self.copies[host] else {
+                continue;
+            };
+            if copy.waits && copy.memory[page as usize] == 0 {
+                // Also while the device state is loaded.
+                if self.destination.is_some() {
+                    self.send_to_source(Message::Demand(Demand { region: 0, page }));
+                }
+            } else if copy.run == Run::Running {
+                // A page that is not there and does not wait reads as zeros.
+                self.corrupt |= copy.memory[page as usize] == 0;
                 copy.memory[page as usize] += 1000;
                 copy.dirty.insert(0, page..page + 1);
             }
         }
         if self.now < FAULTS_END {
-            let delay = self.delay(6);
+            let delay = self.delay(self.write_delay_ms);
             self.after(delay, Event::GuestWrites);
         }
     }
@@ -552,10 +619,12 @@ impl World {
         };
         let now = self.time();
         // A container that is not owned may die without anybody losing anything.
-        let owned = self
-            .destination_records
-            .iter()
-            .any(|r| matches!(r, DestinationRecord::Owned(_)));
+        let owned = self.destination_records.iter().any(|r| {
+            matches!(
+                r,
+                DestinationRecord::Owned(_) | DestinationRecord::Pulling(_)
+            )
+        });
         self.killed |= host == 0 || owned || copy.run == Run::Running;
         self.container_killed |= host == 1;
         if host == 0

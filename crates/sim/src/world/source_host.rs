@@ -131,10 +131,18 @@ impl World {
                 (op, Ok(SourceDone::Done))
             }
             VmJob::Erase(op) => {
-                let owned =
-                    |record: &DestinationRecord| matches!(record, DestinationRecord::Owned(_));
-                if !self.destination_records.iter().any(owned) {
+                let records = &self.destination_records;
+                let owned = |record: &DestinationRecord| {
+                    matches!(
+                        record,
+                        DestinationRecord::Owned(_) | DestinationRecord::Pulling(_)
+                    )
+                };
+                if !records.iter().any(owned) {
                     return Err("erased before the destination owned it durably".to_owned());
+                }
+                if matches!(records.last(), Some(DestinationRecord::Pulling(_))) && !self.killed {
+                    return Err("erased while the destination still needed pages".to_owned());
                 }
                 self.copies[0] = None;
                 (op, Ok(SourceDone::Done))
@@ -199,6 +207,52 @@ impl World {
                 let delay = self.delay(10);
                 self.after(delay, Event::SourceDone(life, op, Ok(SourceDone::Done)));
             }
+            SourceAction::Peek(op) => {
+                let result = match &self.copies[0] {
+                    Some(copy) => Ok(SourceDone::Collected(copy.dirty.clone())),
+                    None => Err(true),
+                };
+                self.after(100, Event::SourceDone(life, op, result));
+            }
+            SourceAction::FindData(op) => {
+                let mut pages = PageSet::empty(&self.layout);
+                pages.insert(0, 0..PAGES);
+                let result = match &self.copies[0] {
+                    Some(_) => Ok(SourceDone::Collected(pages)),
+                    None => Err(true),
+                };
+                self.after(100, Event::SourceDone(life, op, result));
+            }
+            SourceAction::Throttle(_) => {
+                if self.random.one_in(4)
+                    && let Some(source) = &mut self.source
+                {
+                    source.handle_throttle_failed(&Reason::new("throttle", "not here"));
+                }
+            }
+            SourceAction::SendStale { op, pages, round } => {
+                let stale: Vec<u64> = (0..PAGES).filter(|&page| pages.contains(0, page)).collect();
+                for &page in &stale {
+                    self.sent_versions[page as usize] = 0;
+                }
+                self.put_on_wire(Event::Stale(self.source_end, stale), false);
+                self.put_on_wire(Event::RoundEnd(self.source_end, round, true), false);
+                self.after(100, Event::SourceDone(life, op, Ok(SourceDone::Done)));
+            }
+            SourceAction::SendUrgent { op, block } => {
+                let mut pages = PageSet::empty(&self.layout);
+                for page in block.runs().flatten().map(u64::from) {
+                    pages.insert(0, page..page + 1);
+                }
+                let versions = self.read_pages(&pages, 0);
+                self.put_on_wire(Event::Pages(self.source_end, versions), false);
+                let delay = self.delay(5);
+                self.after(delay, Event::SourceDone(life, op, Ok(SourceDone::Done)));
+            }
+            SourceAction::ComputePulledRoot(op) => {
+                self.after(100, Event::SourceDone(life, op, Ok(SourceDone::NoRoot)));
+            }
+            SourceAction::CloseStreams => {}
             SourceAction::Collect { op, first } => {
                 let mut pages = PageSet::empty(&self.layout);
                 if let Some(copy) = &mut self.copies[0] {
@@ -254,18 +308,34 @@ impl World {
             Some(Mutation::PagesForgotten) => true,
             _ => false,
         };
-        let mut versions = Vec::new();
-        if let Some(copy) = &self.copies[0] {
-            let pages = (0..PAGES).filter(|&page| pages.contains(0, page));
-            for page in pages.skip(usize::from(forgets)) {
-                let version = copy.memory[page as usize];
+        let versions = self.read_pages(pages, usize::from(forgets));
+        let serving = self
+            .source
+            .as_ref()
+            .is_some_and(Source::runs_on_destination);
+        if !serving {
+            for &(page, version) in &versions {
                 self.sent_versions[page as usize] = version;
-                versions.push((page, version));
             }
         }
         self.put_on_wire(Event::Pages(self.source_end, versions), false);
-        if then != RoundMark::None {
-            self.put_on_wire(Event::RoundEnd(self.source_end, round, last), false);
+        match then {
+            RoundMark::None => {}
+            RoundMark::End | RoundMark::Last => {
+                self.put_on_wire(Event::RoundEnd(self.source_end, round, last), false);
+            }
+            RoundMark::Pushed => self.put_on_wire(Event::Pushed(self.source_end), false),
         }
+    }
+
+    fn read_pages(&self, pages: &PageSet, skip: usize) -> Vec<(u64, u64)> {
+        let Some(copy) = &self.copies[0] else {
+            return Vec::new();
+        };
+        (0..PAGES)
+            .filter(|&page| pages.contains(0, page))
+            .skip(skip)
+            .map(|page| (page, copy.memory[page as usize]))
+            .collect()
     }
 }

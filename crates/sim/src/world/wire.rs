@@ -14,6 +14,8 @@ impl World {
     }
 
     pub(super) fn lose_in_flight(&mut self) {
+        // A connection that lost something delivers nothing any more: no stream of TLS has gaps.
+        self.dead = self.dead.max(self.source_end).max(self.destination_end);
         for event in self.events.iter_mut().rev().take(64) {
             let in_flight = matches!(
                 event,
@@ -22,6 +24,8 @@ impl World {
                         | Event::ToDestination(..)
                         | Event::Pages(..)
                         | Event::RoundEnd(..)
+                        | Event::Stale(..)
+                        | Event::Pushed(_)
                         | Event::State(_)
                 )
             );
@@ -67,7 +71,12 @@ impl World {
     }
 
     pub(super) fn put_on_wire(&mut self, event: Event, back: bool) {
-        if self.black {
+        let end = if back {
+            self.destination_end
+        } else {
+            self.source_end
+        };
+        if self.black || end <= self.dead {
             return;
         }
         let delay = self.delay(8);
@@ -120,6 +129,9 @@ impl World {
 
     pub(super) fn source_receives(&mut self, _connection: u32, message: Message) {
         let now = self.time();
+        if self.is(Mutation::EraseAtRunning) && matches!(message, Message::Running(_)) {
+            self.copies[0] = None;
+        }
         if let Some(source) = &mut self.source {
             for attempt in 0..64 {
                 source.handle_message(now, attempt, message.clone());
@@ -135,16 +147,7 @@ impl World {
             }
             Message::Query(_) => self.query(),
             Message::Offer(offer) => {
-                let mut engine = Destination::new(
-                    now,
-                    DestinationConfig {
-                        timing: Self::timing(),
-                        software: "sim".to_owned(),
-                        stream_secret: StreamSecret([0; 32]),
-                        streams_max: 2,
-                        device_state_max: 1 << 20,
-                    },
-                );
+                let mut engine = Destination::new(now, Self::destination_config());
                 engine.handle_message(
                     now,
                     Message::Hello(palanquin_engine::message::Hello::ours("sim")),
@@ -166,7 +169,11 @@ impl World {
     pub(super) fn query(&mut self) {
         let now = self.time();
         if let Some(destination) = &mut self.destination {
-            destination.handle_query(now);
+            if destination.handle_query(now, StreamSecret([1; 32])) {
+                // It answers for itself, on the new connection.
+                self.session_connection = self.destination_end;
+                return;
+            }
             self.pump_destination();
         }
         let answer = match verdict(&self.destination_records, self.destination.is_some()) {
@@ -188,8 +195,31 @@ impl World {
         }
         if let Some(copy) = &mut self.copies[1] {
             for &(page, version) in pages {
-                copy.memory[page as usize] = version;
-                self.received_versions[page as usize] = version;
+                let page = page as usize;
+                if !copy.waits {
+                    copy.memory[page] = version;
+                    self.received_versions[page] = version;
+                } else if copy.memory[page] == 0 {
+                    // What the guest has written since is newer.
+                    copy.memory[page] = version;
+                    let paused = self.paused_memory.as_ref();
+                    self.corrupt |= paused.is_some_and(|memory| memory[page] != version);
+                }
+            }
+        }
+    }
+
+    pub(super) fn stale(&mut self, connection: u32, pages: &[u64]) {
+        let keeps = self.is(Mutation::KeepStalePages);
+        if connection != self.session_connection || self.destination.is_none() {
+            return;
+        }
+        if let Some(copy) = &mut self.copies[1] {
+            for &page in pages {
+                self.received_versions[page as usize] = 0;
+                if !keeps {
+                    copy.memory[page as usize] = 0;
+                }
             }
         }
     }

@@ -3,161 +3,38 @@
 //! ```text
 //! Greeting ─▶ AwaitOffer ─▶ Consulting ─▶ Recording ─▶ Reserving ─▶ OpeningStreams ─▶ Receiving
 //!    ─▶ Loading ─▶ AwaitCommit ─▶ Owning ═▶ Activating ─▶ AwaitErased ─▶ Ended(owned)
+//! post-copy: Activating ─▶ Pulling ⇄ Rejoining ─▶ Finishing ─▶ AwaitErased
 //! any state left of ═▶ :  Terminating ─▶ RecordingDiscard ─▶ Ended(discarded)
 //! ```
 //!
 //! A lost connection left of `Owning` discards; the container never ran. A source that had committed learns
 //! that from the durable record.
 
+mod action;
+mod state;
+mod steps;
+
 use std::collections::VecDeque;
 use std::time::Duration;
 
+pub use self::action::{
+    DestinationAction, DestinationConfig, DestinationDone, DestinationEnding, DestinationPhase, Op,
+};
+use self::state::State;
 use crate::ids::{Epoch, Root, StreamSecret};
 use crate::journal::DestinationRecord;
 use crate::message::{
-    Accepted, HelloReply, Message, Offer, Reason, Refused, Seal, Verdict, WireBlocker,
+    Accepted, Complete, HelloReply, Message, Reason, Refused, Rejoin, Verdict, WireBlocker,
 };
 use crate::order::{Ledger, Order};
 use crate::pages::RamLayout;
 use crate::source::Failure;
-pub use crate::source::Op;
-use crate::time::{Liveness, Pulse, Time, Timing};
+use crate::time::{Liveness, Pulse, Time};
 
 /// Most attempts to resume a VM that is owned.
 const ACTIVATE_ATTEMPTS: u32 = 5;
-
-/// What a destination is made of.
-#[derive(Clone, Debug)]
-pub struct DestinationConfig {
-    /// Deadlines.
-    pub timing: Timing,
-    /// Version of the software, told to the other side.
-    pub software: String,
-    /// Fresh random bytes, from which the proofs that open the streams are made.
-    pub stream_secret: StreamSecret,
-    /// Most data streams accepted, at least 1.
-    pub streams_max: u16,
-    /// Largest device state accepted, in bytes.
-    pub device_state_max: u64,
-}
-
-/// What the driver has to do. Actions that concern the container are executed one at a time and in order; so
-/// are journal records.
-#[derive(Clone, Debug, PartialEq)]
-pub enum DestinationAction {
-    /// Send on the connection.
-    Send(Message),
-    /// Look up what is known about this order; answer with [`Destination::handle_ledger`].
-    ConsultLedger(Order),
-    /// Make durable, then report.
-    Journal(Op, DestinationRecord),
-    /// Start an empty container, then report.
-    Reserve(Op, Offer),
-    /// Accept this many data streams that prove knowledge of the secret, report when all are open, and from
-    /// then on apply what they bring.
-    ExpectStreams {
-        /// To report with.
-        op: Op,
-        /// Number of streams.
-        streams: u16,
-        /// Layout that every frame must fit.
-        layout: RamLayout,
-    },
-    /// Check the device state that arrived against the seal and load it, then report.
-    LoadDeviceState(Op, Seal),
-    /// Compute the root over the digests of what arrived, then report.
-    ComputeRoot(Op),
-    /// Let the VM run (or leave it paused where the order says so), then report.
-    Activate(Op),
-    /// Close the streams and end the container, then report. It has never run.
-    Terminate(Op),
-    /// Ended; nothing follows.
-    Finish(DestinationEnding),
-}
-
-/// How an action ended well.
-#[derive(Clone, Debug, PartialEq)]
-pub enum DestinationDone {
-    /// Just done.
-    Done,
-    /// The container can't be had, for these reasons.
-    Blocked(Vec<WireBlocker>),
-    /// The root asked for.
-    Root(Root),
-}
-
-/// How a migration ended.
-#[derive(Clone, Debug, PartialEq)]
-pub enum DestinationEnding {
-    /// The VM is ours and runs.
-    Owned,
-    /// The VM is ours, but its hypervisor ended when or after it was resumed.
-    OwnedButEnded(Reason),
-    /// Nothing of it is left here.
-    Discarded(Reason),
-    /// Nothing was ever here.
-    Refused(Reason),
-}
-
-/// Where a destination is, for people.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DestinationPhase {
-    /// Greeting and order.
-    Preparing,
-    /// Starting the container.
-    Reserving,
-    /// Pages arrive.
-    Receiving,
-    /// Loading the device state, and `Ready`.
-    Switchover,
-    /// Owned, or being recorded as such.
-    Committing,
-    /// Discarding.
-    Finishing,
-    /// Ended.
-    Ended,
-}
-
-#[derive(Debug)]
-enum State {
-    Greeting,
-    AwaitOffer,
-    Consulting(Box<Offer>),
-    Recording {
-        op: Op,
-        offer: Box<Offer>,
-    },
-    Reserving {
-        op: Op,
-    },
-    OpeningStreams {
-        op: Op,
-    },
-    Receiving {
-        last: Option<u32>,
-        seal: Option<Seal>,
-    },
-    Loading {
-        load: Option<Op>,
-        root_op: Op,
-        root: Option<Root>,
-    },
-    AwaitCommit,
-    Owning(Op),
-    Activating {
-        op: Option<Op>,
-        attempts: u32,
-    },
-    Activated(Op),
-    AwaitErased,
-    Terminating {
-        op: Op,
-    },
-    RecordingDiscard {
-        op: Op,
-    },
-    Ended,
-}
+/// Delay before something is tried again for which there is no alternative.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// The state machine of a destination, see the [module](self).
 #[derive(Debug)]
@@ -177,6 +54,17 @@ pub struct Destination {
     refused_in_words: bool,
     container_gone: bool,
     root: Option<Root>,
+    /// Whether this migration may use post-copy, and whether it does.
+    post_copy_ready: bool,
+    post_copy: bool,
+    complete: Option<Complete>,
+    /// After a restart the VM is resumed while pages arrive already: it may wait for one. The attempt under way, and
+    /// when the next is.
+    resuming: Option<Op>,
+    resume_at: Option<Time>,
+    pages_lost: bool,
+    /// Whether a record of ownership was written, or tried to be.
+    may_be_owned: bool,
 }
 
 impl Destination {
@@ -200,7 +88,32 @@ impl Destination {
             refused_in_words: false,
             container_gone: false,
             root: None,
+            post_copy_ready: false,
+            post_copy: false,
+            complete: None,
+            resuming: None,
+            resume_at: None,
+            pages_lost: false,
+            may_be_owned: false,
         }
+    }
+
+    /// Goes on after a restart of the agent with a VM that needs pages which are still on the source, see
+    /// [`DestinationRecord::Pulling`]. Accesses to pages that are not here have to wait.
+    pub fn recover(now: Time, config: DestinationConfig, order: Order, layout: RamLayout) -> Self {
+        let mut destination = Self::new(now, config);
+        destination.live = None;
+        destination.deadline = None;
+        destination.order = Some(order);
+        destination.layout = Some(layout);
+        destination.post_copy_ready = true;
+        destination.post_copy = true;
+        destination.streams = destination.config.streams_max;
+        let what = "the agent was restarted; waiting for the source, which has pages of the VM";
+        destination.reason = Some(Reason::new("agent-restarted", what));
+        destination.state = State::Pulling;
+        destination.resume_again();
+        destination
     }
 
     /// The order, once there is one.
@@ -243,6 +156,10 @@ impl Destination {
             | State::Activating { .. }
             | State::Activated(_)
             | State::AwaitErased => DestinationPhase::Committing,
+            State::Pulling
+            | State::Rejoining(_)
+            | State::EndingPull(_)
+            | State::RecordingEnd(_) => DestinationPhase::PostCopy,
             State::Terminating { .. } | State::RecordingDiscard { .. } => {
                 DestinationPhase::Finishing
             }
@@ -254,7 +171,10 @@ impl Destination {
     pub fn may_discard(&self) -> bool {
         !matches!(
             self.phase(),
-            DestinationPhase::Committing | DestinationPhase::Finishing | DestinationPhase::Ended
+            DestinationPhase::Committing
+                | DestinationPhase::PostCopy
+                | DestinationPhase::Finishing
+                | DestinationPhase::Ended
         )
     }
 
@@ -268,7 +188,8 @@ impl Destination {
         if matches!(self.state, State::Ended) {
             return None;
         }
-        [self.deadline, self.live.as_ref().map(Liveness::next)]
+        let live = self.live.as_ref().map(Liveness::next);
+        [self.deadline, self.resume_at, live]
             .into_iter()
             .flatten()
             .min()
@@ -286,6 +207,10 @@ impl Destination {
                 }
             }
         }
+        if self.resume_at.is_some_and(|at| now >= at) {
+            self.resume_at = None;
+            self.resume_again();
+        }
         if self.deadline.is_some_and(|deadline| now >= deadline) {
             self.deadline = None;
             match &mut self.state {
@@ -296,6 +221,13 @@ impl Destination {
                     self.actions.push_back(DestinationAction::Activate(again));
                 }
                 State::AwaitErased => self.finish(DestinationEnding::Owned),
+                State::EndingPull(_) => self.end_pulling(),
+                State::RecordingEnd(_) => self.record_end(),
+                State::RecordingDiscard { .. } => self.record_discard(),
+                State::Rejoining(_) => {
+                    let what = "the source did not open its streams in time";
+                    self.handle_connection_lost(now, Reason::new("timeout", what));
+                }
                 _ => self.discard(now, Reason::new("timeout", "the source took too long")),
             }
         }
@@ -306,20 +238,65 @@ impl Destination {
         self.live = None;
         match self.state {
             State::AwaitErased => self.finish(DestinationEnding::Owned),
+            // The VM runs on what it has. The source dials again.
+            State::Pulling | State::Rejoining(_) => {
+                self.deadline = None;
+                self.state = State::Pulling;
+                if !self.pages_lost {
+                    self.reason = Some(reason);
+                }
+                self.actions.push_back(DestinationAction::Disconnect);
+            }
+            // The same in a moment: the source must notice, because its streams may be what broke.
+            State::Owning(_) | State::Activating { .. } if self.post_copy => {
+                self.reason = Some(reason);
+                self.actions.push_back(DestinationAction::Disconnect);
+            }
             _ => self.discard(now, reason),
         }
     }
 
-    /// The source asks on another connection what became of this migration: it has lost this one.
-    pub fn handle_query(&mut self, now: Time) {
+    /// The source asks on another connection what became of this migration: it has lost this one. True if the VM runs
+    /// here and needs pages: then the connection is this migration's from now on, and the streams are opened anew
+    /// with this fresh secret. What was on the way on the old ones does not count.
+    pub fn handle_query(&mut self, now: Time, stream_secret: StreamSecret) -> bool {
+        if let (State::Pulling | State::Rejoining(_), Some(layout)) = (&self.state, &self.layout) {
+            let layout = layout.clone();
+            let (op, streams) = (self.op(), self.streams);
+            self.live = Some(Liveness::new(now, self.config.timing.silence));
+            self.deadline = Some(now + self.config.timing.handshake);
+            self.state = State::Rejoining(op);
+            self.actions.push_back(DestinationAction::ExpectStreams {
+                op,
+                streams,
+                urgent: true,
+                secret: stream_secret,
+                layout,
+            });
+            let rejoin = Rejoin {
+                streams,
+                stream_secret,
+            };
+            self.send(now, Message::Verdict(Verdict::Pulling(rejoin)));
+            return true;
+        }
         let what = "the source lost the connection and asks anew";
         self.discard(now, Reason::new("connection-lost", what));
+        false
     }
 
     /// The container's hypervisor ended by itself.
     pub fn handle_container_gone(&mut self, now: Time) {
         let what = "the container's hypervisor ended on the destination";
         self.container_gone = true;
+        if matches!(self.state, State::RecordingEnd(_)) {
+            return;
+        }
+        if self.phase() == DestinationPhase::PostCopy {
+            // It is ours, and it ended here: only when that is durable the source may let go of its pages.
+            self.reason = Some(Reason::new("container-ended", what));
+            return self.record_end();
+        }
         self.discard(now, Reason::new("container-ended", what));
     }
 
@@ -376,6 +353,10 @@ impl Destination {
                     let what = "the device state is empty or larger than this host accepts";
                     return self.discard(now, Reason::new("device-state-size", what));
                 }
+                if sealed.post_copy && !self.post_copy_ready {
+                    let what = "the source seals for post-copy, which was not agreed on";
+                    return self.discard(now, Reason::new("peer-misbehaved", what));
+                }
                 let complete = *last == Some(sealed.rounds);
                 *seal = Some(sealed);
                 if complete {
@@ -387,8 +368,19 @@ impl Destination {
                     let what = "the source committed another epoch than it ordered";
                     return self.discard(now, Reason::new("epoch-mismatch", what));
                 }
-                let op = self.journal(DestinationRecord::Owned(epoch));
+                let record = if self.post_copy {
+                    DestinationRecord::Pulling(epoch)
+                } else {
+                    DestinationRecord::Owned(epoch)
+                };
+                let op = self.journal(record);
+                self.may_be_owned = true;
                 self.state = State::Owning(op);
+            }
+            (State::Pulling | State::Rejoining(_), Message::Abort(reason)) => {
+                // The pages are lost. The VM runs until it touches one; its operator decides.
+                self.pages_lost = true;
+                self.reason = Some(reason);
             }
             (State::AwaitErased, Message::Erased) => self.finish(DestinationEnding::Owned),
             (_, Message::Abort(reason)) if may_discard => self.discard(now, reason),
@@ -424,6 +416,15 @@ impl Destination {
         }
     }
 
+    /// Post-copy: all streams have delivered all pages.
+    pub fn handle_pushed(&mut self, now: Time) {
+        if !matches!(self.state, State::Pulling) {
+            let reason = Reason::new("peer-misbehaved", "the end of all pages came out of turn");
+            return self.handle_connection_lost(now, reason);
+        }
+        self.end_pulling();
+    }
+
     /// All streams have delivered this round.
     pub fn handle_round(&mut self, now: Time, round: u32, is_last: bool) {
         let State::Receiving { last, seal } = &mut self.state else {
@@ -453,7 +454,26 @@ impl Destination {
     }
 
     fn done(&mut self, now: Time, op: Op, done: DestinationDone) {
+        if self.resuming == Some(op) {
+            self.resuming = None;
+            return;
+        }
         match (&mut self.state, done) {
+            (State::RecordingEnd(expected), DestinationDone::Done) if *expected == Some(op) => {
+                if let Some(epoch) = self.commit_epoch() {
+                    self.send(now, Message::Verdict(Verdict::Owned(epoch)));
+                }
+                let reason = self.reason_or_unknown();
+                self.finish(DestinationEnding::OwnedButEnded(reason));
+            }
+            // A VM that does not run yet is not complete.
+            (State::EndingPull(expected), DestinationDone::Pulled(_))
+                if *expected == Some(op)
+                    && (self.resuming.is_some() || self.resume_at.is_some()) =>
+            {
+                *expected = None;
+                self.deadline = Some(now + RETRY);
+            }
             (
                 State::Recording {
                     op: expected,
@@ -467,24 +487,30 @@ impl Destination {
                 self.actions
                     .push_back(DestinationAction::Reserve(op, offer));
             }
-            (State::Reserving { op: expected }, DestinationDone::Done) if *expected == op => {
+            (State::Reserving { op: expected }, DestinationDone::Reserved { post_copy })
+                if *expected == op =>
+            {
                 let Some(layout) = self.layout.clone() else {
                     return;
                 };
+                self.post_copy_ready = post_copy;
                 let (op, streams) = (self.op(), self.streams);
+                let stream_secret = self.config.stream_secret;
                 self.state = State::OpeningStreams { op };
                 self.deadline = Some(now + self.config.timing.handshake);
                 self.actions.push_back(DestinationAction::ExpectStreams {
                     op,
                     streams,
+                    urgent: post_copy,
+                    secret: stream_secret,
                     layout,
                 });
-                let stream_secret = self.config.stream_secret;
                 self.send(
                     now,
                     Message::Accepted(Accepted {
                         streams,
                         stream_secret,
+                        post_copy,
                     }),
                 );
             }
@@ -531,20 +557,31 @@ impl Destination {
                 self.reason = Some(Reason::new("container-ended", what));
                 self.terminate();
             }
-            (State::Owning(expected), DestinationDone::Done) if *expected == op => {
-                let op = self.op();
-                self.state = State::Activating {
-                    op: Some(op),
-                    attempts: 0,
-                };
-                self.actions.push_back(DestinationAction::Activate(op));
-            }
+            (State::Owning(expected), DestinationDone::Done) if *expected == op => self.activate(),
             (State::Activating { op: expected, .. }, DestinationDone::Done)
                 if *expected == Some(op) =>
             {
                 if let Some(epoch) = self.commit_epoch() {
                     self.send(now, Message::Running(epoch));
                 }
+                if self.post_copy {
+                    self.state = State::Pulling;
+                    return;
+                }
+                let op = self.journal(DestinationRecord::Activated);
+                self.state = State::Activated(op);
+            }
+            (State::Rejoining(expected), DestinationDone::Done) if *expected == op => {
+                self.deadline = None;
+                self.reason = None;
+                self.state = State::Pulling;
+                self.send(now, Message::StreamsReady);
+                self.actions.push_back(DestinationAction::TellPresent);
+            }
+            (State::EndingPull(expected), DestinationDone::Pulled(complete))
+                if *expected == Some(op) =>
+            {
+                self.complete = Some(complete);
                 let op = self.journal(DestinationRecord::Activated);
                 self.state = State::Activated(op);
             }
@@ -555,7 +592,7 @@ impl Destination {
                 self.record_discard();
             }
             (State::RecordingDiscard { op: expected }, DestinationDone::Done)
-                if *expected == op =>
+                if *expected == Some(op) =>
             {
                 let reason = self.reason_or_unknown();
                 if !self.refused_in_words {
@@ -569,7 +606,20 @@ impl Destination {
 
     fn failed(&mut self, now: Time, op: Op, failure: Failure) {
         let concerns_us = self.may_discard() && self.is_current(op);
+        if self.resuming == Some(op) {
+            self.resuming = None;
+            if failure.vm_gone {
+                self.handle_container_gone(now);
+            } else {
+                self.resume_at = Some(now + RETRY);
+            }
+            return;
+        }
         match &mut self.state {
+            State::RecordingEnd(expected) if *expected == Some(op) => {
+                *expected = None;
+                self.deadline = Some(now + RETRY);
+            }
             State::Owning(expected) if *expected == op => {
                 // The VM has not run here. Whether the record is on the disk is unknown; a durable discard
                 // after it overrules it, see [`crate::journal::verdict`].
@@ -582,7 +632,10 @@ impl Destination {
             } if *expected == Some(op) => {
                 *expected = None;
                 *attempts += 1;
-                if failure.vm_gone {
+                if failure.vm_gone && self.post_copy {
+                    self.reason = Some(failure.reason);
+                    self.record_end();
+                } else if failure.vm_gone {
                     // It may have run for a moment: it is ours, and it ended here.
                     if let Some(epoch) = self.commit_epoch() {
                         self.send(now, Message::Verdict(Verdict::Owned(epoch)));
@@ -596,147 +649,36 @@ impl Destination {
                     self.deadline = Some(now + Duration::from_millis(200));
                 }
             }
+            State::Activated(expected) if *expected == op && self.post_copy => {
+                // A restarted agent would wait for pages of a source that has let go: it must not let go before.
+                self.reason = Some(failure.reason);
+                self.state = State::EndingPull(None);
+                self.deadline = Some(now + RETRY);
+            }
             State::Activated(expected) if *expected == op => self.activated(now),
+            State::Rejoining(expected) if *expected == op => {
+                self.handle_connection_lost(now, failure.reason);
+            }
+            State::EndingPull(expected) if *expected == Some(op) => {
+                *expected = None;
+                self.reason = Some(failure.reason);
+                self.deadline = Some(now + RETRY);
+            }
             // A container that can't be ended is never resumed either; the record is what counts.
             State::Terminating { op: expected } if *expected == op => self.record_discard(),
-            State::RecordingDiscard { op: expected } if *expected == op => {
+            State::RecordingDiscard { op: expected }
+                if *expected == Some(op) && self.may_be_owned =>
+            {
+                // The newest record says that the VM is ours, and it is not here: only a discard gives it back.
+                *expected = None;
+                self.deadline = Some(now + RETRY);
+            }
+            State::RecordingDiscard { op: expected } if *expected == Some(op) => {
                 // Without a durable record nothing may be claimed; the source asks again later.
                 self.finish(DestinationEnding::Discarded(failure.reason));
             }
             _ if concerns_us => self.discard(now, failure.reason),
             _ => {}
-        }
-    }
-
-    fn load(&mut self) {
-        let State::Receiving {
-            seal: Some(seal), ..
-        } = &self.state
-        else {
-            return;
-        };
-        let seal = seal.clone();
-        let load = self.op();
-        let root_op = self.op();
-        self.state = State::Loading {
-            load: Some(load),
-            root_op,
-            root: None,
-        };
-        self.actions
-            .push_back(DestinationAction::ComputeRoot(root_op));
-        self.actions
-            .push_back(DestinationAction::LoadDeviceState(load, seal));
-    }
-
-    fn ready(&mut self, now: Time) {
-        let State::Loading {
-            load: None,
-            root: Some(root),
-            ..
-        } = self.state
-        else {
-            return;
-        };
-        self.root = Some(root);
-        self.state = State::AwaitCommit;
-        self.send(now, Message::Ready(root));
-    }
-
-    fn activated(&mut self, now: Time) {
-        if self.live.is_some() {
-            self.state = State::AwaitErased;
-            // The source erases in its own time; that it has not yet is no reason to wait for ever.
-            self.deadline = Some(now + self.config.timing.reservation);
-        } else {
-            self.finish(DestinationEnding::Owned);
-        }
-    }
-
-    fn refuse(&mut self, now: Time, by_gate: bool, blockers: Vec<WireBlocker>) {
-        let reason = blockers.first().map_or_else(
-            || Reason::new("refused", "refused"),
-            |blocker| Reason::new(&blocker.code, blocker.message.clone()),
-        );
-        self.send(now, Message::Refused(Refused { by_gate, blockers }));
-        self.finish_refused(reason);
-    }
-
-    fn finish_refused(&mut self, reason: Reason) {
-        self.reason = Some(reason.clone());
-        self.finish(DestinationEnding::Refused(reason));
-    }
-
-    /// Gives the migration up, unless it is owned.
-    fn discard(&mut self, _now: Time, reason: Reason) {
-        if !self.may_discard() {
-            return;
-        }
-        match self.state {
-            // Nothing is here yet and nothing is recorded.
-            State::Greeting | State::AwaitOffer | State::Consulting(_) => {
-                self.finish_refused(reason);
-            }
-            _ => {
-                self.reason.get_or_insert(reason);
-                self.terminate();
-            }
-        }
-    }
-
-    fn terminate(&mut self) {
-        let op = self.op();
-        self.deadline = None;
-        self.state = State::Terminating { op };
-        self.actions.push_back(DestinationAction::Terminate(op));
-    }
-
-    fn record_discard(&mut self) {
-        let reason = self.reason_or_unknown();
-        let op = self.journal(DestinationRecord::Discarded(reason));
-        self.state = State::RecordingDiscard { op };
-    }
-
-    fn finish(&mut self, ending: DestinationEnding) {
-        self.deadline = None;
-        self.live = None;
-        self.state = State::Ended;
-        self.actions.push_back(DestinationAction::Finish(ending));
-    }
-
-    fn reason_or_unknown(&self) -> Reason {
-        self.reason
-            .clone()
-            .unwrap_or_else(|| Reason::new("unknown", "no reason was recorded"))
-    }
-
-    fn is_current(&self, op: Op) -> bool {
-        match &self.state {
-            State::Recording { op: expected, .. }
-            | State::Reserving { op: expected }
-            | State::OpeningStreams { op: expected } => *expected == op,
-            State::Loading { load, root_op, .. } => *load == Some(op) || *root_op == op,
-            _ => false,
-        }
-    }
-
-    fn op(&mut self) -> Op {
-        let op = Op(self.next_op);
-        self.next_op += 1;
-        op
-    }
-
-    fn journal(&mut self, record: DestinationRecord) -> Op {
-        let op = self.op();
-        self.actions
-            .push_back(DestinationAction::Journal(op, record));
-        op
-    }
-
-    fn send(&mut self, now: Time, message: Message) {
-        if let Some(live) = &mut self.live {
-            live.spoke(now);
-            self.actions.push_back(DestinationAction::Send(message));
         }
     }
 }

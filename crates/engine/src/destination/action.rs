@@ -1,0 +1,123 @@
+//! What goes into a destination and what comes out of it.
+
+use crate::ids::{Root, StreamSecret};
+use crate::journal::DestinationRecord;
+use crate::message::{Complete, Message, Offer, Reason, Seal, WireBlocker};
+use crate::order::Order;
+use crate::pages::RamLayout;
+pub use crate::source::Op;
+use crate::time::Timing;
+
+/// What a destination is made of.
+#[derive(Clone, Debug)]
+pub struct DestinationConfig {
+    /// Deadlines.
+    pub timing: Timing,
+    /// Version of the software, told to the other side.
+    pub software: String,
+    /// Fresh random bytes, from which the proofs that open the streams are made.
+    pub stream_secret: StreamSecret,
+    /// Most data streams accepted, at least 1.
+    pub streams_max: u16,
+    /// Largest device state accepted, in bytes.
+    pub device_state_max: u64,
+}
+
+/// What the driver has to do. Actions that concern the container are executed one at a time and in order; so
+/// are journal records.
+#[derive(Clone, Debug, PartialEq)]
+pub enum DestinationAction {
+    /// Send on the connection.
+    Send(Message),
+    /// Look up what is known about this order; answer with [`Destination::handle_ledger`].
+    ConsultLedger(Order),
+    /// Make durable, then report.
+    Journal(Op, DestinationRecord),
+    /// Start an empty container, then report.
+    Reserve(Op, Offer),
+    /// Accept this many data streams that prove knowledge of the secret, report when all are open, and from
+    /// then on apply what they bring.
+    ExpectStreams {
+        /// To report with.
+        op: Op,
+        /// Number of streams.
+        streams: u16,
+        /// Whether one more is expected behind them, for pages that the VM waits for.
+        urgent: bool,
+        /// From this the proofs are made that open them.
+        secret: StreamSecret,
+        /// Layout that every frame must fit.
+        layout: RamLayout,
+    },
+    /// Check the device state that arrived against the seal and load it, then report. Where the seal says post-copy,
+    /// accesses to pages that are not here have to wait from before that on, and the source is asked for them.
+    LoadDeviceState(Op, Seal),
+    /// Compute the root over the digests of what arrived, then report. Pages that arrive after the device state do
+    /// not count.
+    ComputeRoot(Op),
+    /// Post-copy: tell the source on the connection which pages are here, and ask again for those that the VM waits
+    /// for.
+    TellPresent,
+    /// Post-copy: all pages have been sent. What is not here holds no data: let nothing wait any more, then report.
+    EndPulling(Op),
+    /// Close the connection and the streams.
+    Disconnect,
+    /// Let the VM run (or leave it paused where the order says so), then report.
+    Activate(Op),
+    /// Close the streams and end the container, then report. It has never run.
+    Terminate(Op),
+    /// Ended; nothing follows.
+    Finish(DestinationEnding),
+}
+
+/// How an action ended well.
+#[derive(Clone, Debug, PartialEq)]
+pub enum DestinationDone {
+    /// Just done.
+    Done,
+    /// The container is there.
+    Reserved {
+        /// Whether it can run before all of its pages are there.
+        post_copy: bool,
+    },
+    /// The container can't be had, for these reasons.
+    Blocked(Vec<WireBlocker>),
+    /// Nothing waits for pages any more.
+    Pulled(Complete),
+    /// The root asked for.
+    Root(Root),
+}
+
+/// How a migration ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum DestinationEnding {
+    /// The VM is ours and runs.
+    Owned,
+    /// The VM is ours, but its hypervisor ended when or after it was resumed.
+    OwnedButEnded(Reason),
+    /// Nothing of it is left here.
+    Discarded(Reason),
+    /// Nothing was ever here.
+    Refused(Reason),
+}
+
+/// Where a destination is, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DestinationPhase {
+    /// Greeting and order.
+    Preparing,
+    /// Starting the container.
+    Reserving,
+    /// Pages arrive.
+    Receiving,
+    /// Loading the device state, and `Ready`.
+    Switchover,
+    /// The VM runs here, and its last pages arrive.
+    PostCopy,
+    /// Owned, or being recorded as such.
+    Committing,
+    /// Discarding.
+    Finishing,
+    /// Ended.
+    Ended,
+}

@@ -1,0 +1,56 @@
+//! States of a destination, named for what they await.
+
+use super::action::Op;
+use crate::ids::Root;
+use crate::message::{Offer, Seal};
+
+#[derive(Debug)]
+pub(super) enum State {
+    Greeting,
+    AwaitOffer,
+    Consulting(Box<Offer>),
+    Recording {
+        op: Op,
+        offer: Box<Offer>,
+    },
+    Reserving {
+        op: Op,
+    },
+    OpeningStreams {
+        op: Op,
+    },
+    Receiving {
+        last: Option<u32>,
+        seal: Option<Seal>,
+    },
+    Loading {
+        load: Option<Op>,
+        root_op: Op,
+        root: Option<Root>,
+    },
+    AwaitCommit,
+    Owning(Op),
+    Activating {
+        op: Option<Op>,
+        attempts: u32,
+    },
+    /// Post-copy: the VM runs and its pages arrive.
+    Pulling,
+    /// Post-copy: streams are being opened anew.
+    Rejoining(Op),
+    /// Post-copy: everything has arrived. Without an operation it is tried again at the deadline.
+    EndingPull(Option<Op>),
+    /// Post-copy: the hypervisor ended; until that is recorded, the source keeps the pages. Without an operation it is
+    /// tried again at the deadline.
+    RecordingEnd(Option<Op>),
+    Activated(Op),
+    AwaitErased,
+    Terminating {
+        op: Op,
+    },
+    /// Without an operation it is tried again at the deadline.
+    RecordingDiscard {
+        op: Option<Op>,
+    },
+    Ended,
+}

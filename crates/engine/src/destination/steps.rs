@@ -1,0 +1,176 @@
+//! Steps, in the order of a migration, and what all of them use.
+
+use super::{Destination, DestinationAction, DestinationEnding, Op, State};
+use crate::journal::DestinationRecord;
+use crate::message::{Message, Reason, Refused, WireBlocker};
+use crate::time::Time;
+
+impl Destination {
+    pub(super) fn resume_again(&mut self) {
+        let op = self.op();
+        self.resuming = Some(op);
+        self.actions.push_back(DestinationAction::Activate(op));
+    }
+
+    pub(super) fn record_end(&mut self) {
+        let op = self.journal(DestinationRecord::Activated);
+        self.deadline = None;
+        self.state = State::RecordingEnd(Some(op));
+    }
+
+    /// Whether the VM runs before all of its pages are here, or is about to.
+    pub fn is_post_copy(&self) -> bool {
+        self.post_copy
+    }
+
+    pub(super) fn end_pulling(&mut self) {
+        let op = self.op();
+        self.state = State::EndingPull(Some(op));
+        self.actions.push_back(DestinationAction::EndPulling(op));
+    }
+
+    pub(super) fn activate(&mut self) {
+        let op = self.op();
+        self.state = State::Activating {
+            op: Some(op),
+            attempts: 0,
+        };
+        self.actions.push_back(DestinationAction::Activate(op));
+    }
+
+    pub(super) fn load(&mut self) {
+        let State::Receiving {
+            seal: Some(seal), ..
+        } = &self.state
+        else {
+            return;
+        };
+        let seal = seal.clone();
+        self.post_copy = seal.post_copy;
+        let load = self.op();
+        let root_op = self.op();
+        self.state = State::Loading {
+            load: Some(load),
+            root_op,
+            root: None,
+        };
+        self.actions
+            .push_back(DestinationAction::ComputeRoot(root_op));
+        self.actions
+            .push_back(DestinationAction::LoadDeviceState(load, seal));
+    }
+
+    pub(super) fn ready(&mut self, now: Time) {
+        let State::Loading {
+            load: None,
+            root: Some(root),
+            ..
+        } = self.state
+        else {
+            return;
+        };
+        self.root = Some(root);
+        self.state = State::AwaitCommit;
+        self.send(now, Message::Ready(root));
+    }
+
+    pub(super) fn activated(&mut self, now: Time) {
+        if let Some(complete) = self.complete.take() {
+            self.send(now, Message::Complete(complete));
+        }
+        if self.live.is_some() {
+            self.state = State::AwaitErased;
+            // The source erases in its own time; that it has not yet is no reason to wait for ever.
+            self.deadline = Some(now + self.config.timing.reservation);
+        } else {
+            self.finish(DestinationEnding::Owned);
+        }
+    }
+
+    pub(super) fn refuse(&mut self, now: Time, by_gate: bool, blockers: Vec<WireBlocker>) {
+        let reason = blockers.first().map_or_else(
+            || Reason::new("refused", "refused"),
+            |blocker| Reason::new(&blocker.code, blocker.message.clone()),
+        );
+        self.send(now, Message::Refused(Refused { by_gate, blockers }));
+        self.finish_refused(reason);
+    }
+
+    pub(super) fn finish_refused(&mut self, reason: Reason) {
+        self.reason = Some(reason.clone());
+        self.finish(DestinationEnding::Refused(reason));
+    }
+
+    /// Gives the migration up, unless it is owned.
+    pub(super) fn discard(&mut self, _now: Time, reason: Reason) {
+        if !self.may_discard() {
+            return;
+        }
+        match self.state {
+            // Nothing is here yet and nothing is recorded.
+            State::Greeting | State::AwaitOffer | State::Consulting(_) => {
+                self.finish_refused(reason);
+            }
+            _ => {
+                self.reason.get_or_insert(reason);
+                self.terminate();
+            }
+        }
+    }
+
+    pub(super) fn terminate(&mut self) {
+        let op = self.op();
+        self.deadline = None;
+        self.state = State::Terminating { op };
+        self.actions.push_back(DestinationAction::Terminate(op));
+    }
+
+    pub(super) fn record_discard(&mut self) {
+        let reason = self.reason_or_unknown();
+        let op = self.journal(DestinationRecord::Discarded(reason));
+        self.state = State::RecordingDiscard { op: Some(op) };
+    }
+
+    pub(super) fn finish(&mut self, ending: DestinationEnding) {
+        self.deadline = None;
+        self.live = None;
+        self.state = State::Ended;
+        self.actions.push_back(DestinationAction::Finish(ending));
+    }
+
+    pub(super) fn reason_or_unknown(&self) -> Reason {
+        self.reason
+            .clone()
+            .unwrap_or_else(|| Reason::new("unknown", "no reason was recorded"))
+    }
+
+    pub(super) fn is_current(&self, op: Op) -> bool {
+        match &self.state {
+            State::Recording { op: expected, .. }
+            | State::Reserving { op: expected }
+            | State::OpeningStreams { op: expected } => *expected == op,
+            State::Loading { load, root_op, .. } => *load == Some(op) || *root_op == op,
+            _ => false,
+        }
+    }
+
+    pub(super) fn op(&mut self) -> Op {
+        let op = Op(self.next_op);
+        self.next_op += 1;
+        op
+    }
+
+    pub(super) fn journal(&mut self, record: DestinationRecord) -> Op {
+        let op = self.op();
+        self.actions
+            .push_back(DestinationAction::Journal(op, record));
+        op
+    }
+
+    pub(super) fn send(&mut self, now: Time, message: Message) {
+        if let Some(live) = &mut self.live {
+            live.spoke(now);
+            self.actions.push_back(DestinationAction::Send(message));
+        }
+    }
+}

@@ -278,16 +278,18 @@ impl Agent {
                 vms.remove(&order.vm);
             }
             Ending::RunningOnSource(..) | Ending::VmLost(_) => {
-                if let Some(entry) = vms.get_mut(&order.vm) {
-                    entry.migration = None;
-                    if let Ok(stored) = self.store.vms()
-                        && let Some(stored) = stored.into_iter().find(|vm| vm.id == order.vm)
-                    {
-                        entry.stored = stored;
-                    }
-                    if matches!(ending, Ending::VmLost(_)) {
-                        entry.vm = None;
-                    }
+                let Some(entry) = vms.get_mut(&order.vm) else {
+                    return;
+                };
+                entry.migration = None;
+                if matches!(ending, Ending::VmLost(_)) {
+                    entry.vm = None;
+                }
+                let Ok(stored) = self.store.vms() else { return };
+                match stored.into_iter().find(|vm| vm.id == order.vm) {
+                    Some(stored) => entry.stored = stored,
+                    // It was the destination's already, and is not ours to keep.
+                    None => drop(vms.remove(&order.vm)),
                 }
             }
         }

@@ -4,18 +4,19 @@ use std::io::{self, BufRead, Read};
 use std::net::TcpStream;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use palanquin_engine::frame::{Frame, FrameError, HEADER_BYTES, PAYLOAD_MAX};
 use palanquin_engine::message::Seal;
-use palanquin_engine::pages::RamLayout;
+use palanquin_engine::pages::{Block, PAGE_BYTES, RamLayout};
 use palanquin_host::vm::GuestRam;
 use rustls::Connection;
 
 use crate::digest::{Digests, sha256};
 use crate::reduction::decode::{DecodeError, Decoder, Target};
 use crate::tls::Authenticated;
+use crate::waiting::{AsWaiting, Waiting};
 
 /// Bytes taken from the socket at once.
 const READ_BYTES: usize = 256 * 1024;
@@ -35,6 +36,9 @@ pub enum ReceiveError {
     /// Pages break a rule, or guest memory cannot be written.
     #[error("pages cannot be taken: {0}")]
     Pages(#[from] DecodeError),
+    /// Guest memory.
+    #[error("guest memory cannot be written: {0}")]
+    Memory(#[from] palanquin_host::Error),
     /// Frames in an order that no source sends.
     #[error("a frame came out of turn: {0}")]
     Order(&'static str),
@@ -84,6 +88,12 @@ impl Inbound {
     /// No more file descriptors.
     pub fn socket(&self) -> io::Result<TcpStream> {
         self.tcp.try_clone()
+    }
+
+    /// Ends the connection in both directions.
+    pub fn close(&self) {
+        // One that is closed already is as good.
+        let _ = self.tcp.shutdown(std::net::Shutdown::Both);
     }
 
     /// Fills the buffer; false if the other end said goodbye before its first byte.
@@ -193,8 +203,16 @@ pub struct Shared {
     pub guest_bytes: AtomicU64,
     /// Number of streams of the migration.
     pub streams: usize,
+    /// Once pages arrive while the VM runs or is about to: where they go then.
+    pub waiting: OnceLock<Waiting>,
     /// Whether pages may refer to what was sent before: not once the VM runs here. Must be cleared before it does.
     pub references: AtomicBool,
+}
+
+impl AsWaiting for Shared {
+    fn waiting(&self) -> Option<&Waiting> {
+        self.waiting.get()
+    }
 }
 
 /// What a stream tells.
@@ -206,17 +224,22 @@ pub enum Report {
         /// Whether it was the last.
         last: bool,
     },
+    /// It has delivered all of its pages that follow the device state.
+    Pushed,
     /// It ended before its time.
     Failed(ReceiveError),
 }
 
 /// Receives until the other end says goodbye behind its last round.
 pub fn receive(inbound: &mut Inbound, index: u16, shared: &Shared, report: &dyn Fn(Report)) {
+    let is_urgent = usize::from(index) >= shared.streams;
     let mut stream = Stream {
         inbound,
         index,
         shared,
-        last: false,
+        // Pages that the VM waits for follow the device state, and so does everything after a reconnection.
+        last: is_urgent || shared.waiting.get().is_some(),
+        pushed: false,
         buffer: vec![0; PAYLOAD_MAX],
         decoder: Decoder::new(index.into()),
         chunks: 0,
@@ -231,6 +254,7 @@ struct Stream<'a> {
     index: u16,
     shared: &'a Shared,
     last: bool,
+    pushed: bool,
     buffer: Vec<u8>,
     decoder: Decoder,
     chunks: u32,
@@ -241,7 +265,8 @@ impl Stream<'_> {
         let mut header = [0; HEADER_BYTES];
         loop {
             if !self.inbound.read_exact(&mut header)? {
-                return if self.last {
+                let all = self.pushed || self.shared.waiting.get().is_none();
+                return if self.last && all {
                     Ok(())
                 } else {
                     Err(ReceiveError::Order("the end before the last round"))
@@ -261,11 +286,23 @@ impl Stream<'_> {
                     let limit = self.shared.device_state_max;
                     self.shared.device_state.push(&self.buffer[..len], limit)?;
                 }
-                _ if self.last => {
-                    return Err(ReceiveError::Order(
-                        "pages or a round behind the last round",
-                    ));
+                Frame::Stale(_) if self.last => {
+                    return Err(ReceiveError::Order("stale pages behind the last round"));
                 }
+                _ if self.last => match self.shared.waiting.get() {
+                    Some(waiting) if !self.pushed => {
+                        self.follow(&frame, len, waiting)?;
+                        if self.pushed {
+                            report(Report::Pushed);
+                        }
+                    }
+                    _ => {
+                        return Err(ReceiveError::Order(
+                            "pages or a round behind the last round",
+                        ));
+                    }
+                },
+                Frame::Stale(block) => self.forget(&block)?,
                 Frame::RoundEnd { round, last } => {
                     self.last = last;
                     report(Report::RoundEnd { round, last });
@@ -277,6 +314,48 @@ impl Stream<'_> {
                 | Frame::Duplicate(_) => self.pages(&frame, len)?,
             }
         }
+    }
+
+    /// What follows the device state: pages that may be waited for.
+    fn follow(&mut self, frame: &Frame, len: usize, waiting: &Waiting) -> Result<(), ReceiveError> {
+        match frame {
+            Frame::RoundEnd { .. } => self.pushed = true,
+            Frame::Zero(block) => {
+                for run in block.runs() {
+                    let first = block.first_page();
+                    let pages = first + u64::from(run.start)..first + u64::from(run.end);
+                    waiting.place_zero(usize::from(block.region), pages)?;
+                }
+            }
+            _ => {
+                let shared = self.shared;
+                let target = Target {
+                    ram: waiting,
+                    layout: &shared.layout,
+                    digests: waiting.digests(),
+                    streams: shared.streams,
+                    references: false,
+                };
+                let bytes = self.decoder.apply(frame, &self.buffer[..len], &target)?;
+                shared.guest_bytes.fetch_add(bytes, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    /// Pages that come anew: until then nothing is here.
+    fn forget(&self, block: &Block) -> Result<(), ReceiveError> {
+        let region = usize::from(block.region);
+        for run in block.runs() {
+            let first = block.first_page();
+            let pages = first + u64::from(run.start)..first + u64::from(run.end);
+            for page in pages.clone() {
+                self.shared.digests.set_zero(block.region, page);
+            }
+            let bytes = pages.start * PAGE_BYTES..pages.end * PAGE_BYTES;
+            self.shared.ram.discard(region, bytes)?;
+        }
+        Ok(())
     }
 
     fn pages(&mut self, frame: &Frame, len: usize) -> Result<(), ReceiveError> {

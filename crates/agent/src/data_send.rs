@@ -2,16 +2,17 @@
 
 use std::io::{self, Write};
 use std::net::TcpStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use palanquin_api::control::Compress;
 use palanquin_engine::frame::{Frame, PAYLOAD_MAX};
-use palanquin_engine::pages::{Block, PAGE_BYTES, PageSet};
+use palanquin_engine::pages::{Block, PAGE_BYTES, PageSet, RamLayout};
 use palanquin_engine::progress::SentCounters;
+use palanquin_engine::source::Op;
 use palanquin_host::vm::GuestRam;
 use rustix::time::{ClockId, clock_gettime};
 use rustls::Connection;
@@ -92,6 +93,8 @@ impl Counters {
 pub enum Job {
     /// Send this stream's blocks of the set.
     Pages(Arc<PageSet>),
+    /// Send these pages, whoever's block it is.
+    Urgent(Block),
     /// Mark the end of a round.
     RoundEnd {
         /// The round.
@@ -99,6 +102,8 @@ pub enum Job {
         /// Whether it was the last.
         last: bool,
     },
+    /// Tell that this stream's blocks of the set come anew after the device state.
+    Stale(Arc<PageSet>),
     /// Send the device state; for the first stream only.
     DeviceState(Arc<Vec<u8>>),
 }
@@ -107,10 +112,12 @@ pub enum Job {
 pub struct Shared {
     /// Guest memory.
     pub ram: Arc<dyn GuestRam>,
-    /// Digests of what was sent.
+    /// Digests of what was sent before the device state.
     pub digests: Arc<Digests>,
+    /// Digests of what was sent after it.
+    pub pulled: Arc<Pulled>,
     /// Counters.
-    pub counters: Counters,
+    pub counters: Arc<Counters>,
     /// Rate and end.
     pub pace: Pace,
     /// How pages are made shorter.
@@ -120,50 +127,94 @@ pub struct Shared {
     pub references: AtomicBool,
 }
 
+/// Digests that exist only where they are needed.
+pub struct Pulled {
+    layout: RamLayout,
+    seed: u64,
+    digests: OnceLock<Digests>,
+}
+
+impl Pulled {
+    /// None yet.
+    pub fn new(layout: &RamLayout, seed: u64) -> Self {
+        Self {
+            layout: layout.clone(),
+            seed,
+            digests: OnceLock::new(),
+        }
+    }
+
+    /// The digests.
+    pub fn digests(&self) -> &Digests {
+        self.digests
+            .get_or_init(|| Digests::new(&self.layout, self.seed))
+    }
+}
+
 /// The streams of a migration.
 pub struct Senders {
-    jobs: Vec<Sender<Job>>,
+    jobs: Vec<Sender<(Op, Job)>>,
+    /// For pages that the VM waits for.
+    urgent: Option<Sender<(Op, Job)>>,
     sockets: Vec<TcpStream>,
     shared: Arc<Shared>,
 }
 
 impl Senders {
-    /// Starts a thread for each connection. `report` is called by each thread at the end of each job.
+    /// Starts a thread for each connection; where asked for, the last is for pages that the VM waits for: it sends
+    /// any block, and does not keep to the rate. `report` is called by each thread at the end of each job.
     ///
     /// # Errors
     ///
     /// A socket is broken, or no thread can be had.
     pub fn start<F>(
         connections: Vec<Authenticated>,
+        urgent: bool,
         shared: &Arc<Shared>,
         report: &F,
     ) -> io::Result<Self>
     where
-        F: Fn(Result<(), SendError>) + Clone + Send + 'static,
+        F: Fn(Op, Result<(), SendError>) + Clone + Send + 'static,
     {
         let mut senders = Self {
             jobs: Vec::new(),
+            urgent: None,
             sockets: Vec::new(),
             shared: Arc::clone(shared),
         };
-        let count = connections.len();
+        let count = connections.len() - usize::from(urgent && !connections.is_empty());
         for (index, connection) in connections.into_iter().enumerate() {
             senders.sockets.push(connection.tcp.try_clone()?);
             connection.tcp.set_write_timeout(Some(SEND_TIMEOUT))?;
+            // Little that is sent would lie in a buffer for long minutes before a dead path is noticed.
+            let millis = u32::try_from(SEND_TIMEOUT.as_millis()).unwrap_or(u32::MAX);
+            rustix::net::sockopt::set_tcp_user_timeout(&connection.tcp, millis)?;
             let mut tls = connection.connection;
             // Bounded by `PIECE`: everything is flushed before more is written.
             tls.set_buffer_limit(None);
             let (sender, jobs) = channel();
-            senders.jobs.push(sender);
+            let is_urgent = index >= count;
+            let compress = if is_urgent {
+                // Who waits for a page is helped by microseconds.
+                Compress::Off
+            } else {
+                shared.compress
+            };
+            if is_urgent {
+                senders.urgent = Some(sender);
+            } else {
+                senders.jobs.push(sender);
+            }
             let mut stream = Stream {
                 link: Link {
                     tcp: connection.tcp,
                     tls,
                     shared: Arc::clone(shared),
+                    keeps_rate: !is_urgent,
                 },
                 index,
                 count,
-                encoder: Encoder::new(shared.compress, count),
+                encoder: Encoder::new(compress, count.max(1)),
             };
             let report = report.clone();
             thread::Builder::new()
@@ -173,24 +224,30 @@ impl Senders {
         Ok(senders)
     }
 
-    /// Number of streams.
-    pub fn count(&self) -> usize {
+    /// Gives every stream the same job, but not the one for pages that the VM waits for; gives how many reports come.
+    pub fn all(&self, op: Op, job: &Job) -> usize {
+        for sender in &self.jobs {
+            // A thread that ended has reported why.
+            let _ = sender.send((op, job.clone()));
+        }
         self.jobs.len()
     }
 
-    /// Gives every stream the same job.
-    pub fn all(&self, job: &Job) {
-        for sender in &self.jobs {
-            // A thread that ended has reported why.
-            let _ = sender.send(job.clone());
-        }
+    /// Gives the first stream a job.
+    pub fn first(&self, op: Op, job: Job) -> usize {
+        let first = self.jobs.first();
+        first.map_or(0, |sender| {
+            let _ = sender.send((op, job));
+            1
+        })
     }
 
-    /// Gives the first stream a job.
-    pub fn first(&self, job: Job) {
-        if let Some(sender) = self.jobs.first() {
-            let _ = sender.send(job);
-        }
+    /// Gives the stream for pages that the VM waits for a job.
+    pub fn urgent(&self, op: Op, job: Job) -> usize {
+        self.urgent.as_ref().map_or(0, |sender| {
+            let _ = sender.send((op, job));
+            1
+        })
     }
 
     /// Ends the streams at once.
@@ -214,15 +271,16 @@ struct Link {
     tcp: TcpStream,
     tls: Connection,
     shared: Arc<Shared>,
+    keeps_rate: bool,
 }
 
 impl Stream {
     /// Works until there are no more jobs, then says goodbye.
-    fn run<F: Fn(Result<(), SendError>)>(&mut self, jobs: &Receiver<Job>, report: &F) {
-        while let Ok(job) = jobs.recv() {
+    fn run<F: Fn(Op, Result<(), SendError>)>(&mut self, jobs: &Receiver<(Op, Job)>, report: &F) {
+        while let Ok((op, job)) = jobs.recv() {
             let result = self.work(&job);
             let failed = result.is_err();
-            report(result);
+            report(op, result);
             if failed {
                 return;
             }
@@ -239,9 +297,23 @@ impl Stream {
                     self.encoder.forbid_references();
                 }
                 for block in set.blocks() {
-                    if stream_of(block.region, block.index, self.count) == self.index {
+                    if self.is_mine(&block) {
                         self.send_block(block)?;
                     }
+                }
+                Ok(())
+            }
+            Job::Urgent(block) => self.send_block(*block),
+            Job::Stale(set) => {
+                for block in set.blocks() {
+                    if !self.is_mine(&block) {
+                        continue;
+                    }
+                    for page in block.runs().flatten() {
+                        let page = block.first_page() + u64::from(page);
+                        self.link.shared.digests.set_zero(block.region, page);
+                    }
+                    self.link.write(&[&Frame::Stale(block).encode()])?;
                 }
                 Ok(())
             }
@@ -267,6 +339,10 @@ impl Stream {
         }
     }
 
+    fn is_mine(&self, block: &Block) -> bool {
+        self.index >= self.count || stream_of(block.region, block.index, self.count) == self.index
+    }
+
     fn send_block(&mut self, block: Block) -> Result<(), SendError> {
         let began = Instant::now();
         let mut room = self.encoder.room(&block);
@@ -280,7 +356,13 @@ impl Stream {
                 .read(region, first * PAGE_BYTES, pages)?;
             room = rest;
         }
-        let encoded = self.encoder.encode(block, &self.link.shared.digests);
+        let shared = Arc::clone(&self.link.shared);
+        let digests = if shared.references.load(Ordering::Relaxed) {
+            &*shared.digests
+        } else {
+            shared.pulled.digests()
+        };
+        let encoded = self.encoder.encode(block, digests);
         let (counts, mut sent) = (encoded.counts, encoded.sent);
         let encoding = encoded.encoding;
         let ready = Instant::now();
@@ -314,7 +396,12 @@ impl Link {
         // Short parts share a record and a system call with what follows.
         let mut pending = 0;
         for piece in parts.iter().flat_map(|part| part.chunks(PIECE)) {
-            if !self.shared.pace.admit(piece.len()) {
+            let admitted = if self.keeps_rate {
+                self.shared.pace.admit(piece.len())
+            } else {
+                !self.shared.pace.is_cancelled()
+            };
+            if !admitted {
                 return Err(SendError::Cancelled);
             }
             self.tls.writer().write_all(piece)?;

@@ -5,9 +5,9 @@ mod container;
 pub use self::container::{descriptor_of, wire_blocker};
 
 use std::net::{Shutdown, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -16,8 +16,9 @@ use palanquin_engine::destination::{
     Destination, DestinationAction, DestinationDone, DestinationEnding, DestinationPhase, Op,
 };
 use palanquin_engine::ids::StreamSecret;
-use palanquin_engine::message::{Offer, Reason};
-use palanquin_engine::pages::RamLayout;
+use palanquin_engine::message::{Offer, PRESENT_MAX, Present, Reason};
+use palanquin_engine::order::Order;
+use palanquin_engine::pages::{PAGE_BYTES, PageSet, RamLayout};
 use palanquin_engine::source::Failure;
 use palanquin_engine::{DestinationRecord, Message, Time};
 use palanquin_host::vm::{GuestRam, Vm};
@@ -33,28 +34,39 @@ use crate::source_session::chain;
 use crate::stream_proof::{Opening, exporter_context};
 use crate::tls::Authenticated;
 use crate::tracked::{Tracked, api_error, ms};
+use crate::waiting::{self, Asking, ChannelSlot};
 
 /// How often the state is told.
 const TICK: Duration = Duration::from_millis(200);
 
 /// What happens to a session.
 pub enum DestinationEvent {
-    /// A message arrived.
-    Message(Message),
-    /// The connection is lost.
-    Lost(Reason),
+    /// A message arrived on the connection of this generation.
+    Message(u32, Message),
+    /// The connection of this generation is lost.
+    Lost(u32, Reason),
     /// Somebody opened a data stream.
     Stream(Box<Authenticated>, Opening),
-    /// A stream tells something.
-    Data(Report),
+    /// A stream of this generation tells something.
+    Data(u32, Report),
     /// The container was started.
-    Reserved(Op, Arc<dyn Vm>, Arc<dyn GuestRam>),
+    Reserved {
+        /// To report with.
+        op: Op,
+        /// It.
+        vm: Arc<dyn Vm>,
+        /// Its RAM.
+        ram: Arc<dyn GuestRam>,
+        /// Whether it can run before all of its pages are here.
+        post_copy: bool,
+    },
     /// A job of the container has ended.
     Container(Op, Result<DestinationDone, Failure>),
     /// The hypervisor ended.
     ContainerGone,
-    /// The source asks on another connection what became of this migration.
-    Query,
+    /// The source asks on another connection what became of this migration. If the VM runs here and needs pages, the
+    /// connection is this session's from now on, and its generation is replied.
+    Query(Arc<Channel>, Sender<Option<u32>>),
     /// Somebody wants to abort; the answer says whether that is still possible.
     Abort(Reason, Sender<bool>),
 }
@@ -63,6 +75,8 @@ pub enum DestinationEvent {
 struct Expected {
     op: Op,
     streams: Vec<Option<Inbound>>,
+    urgent: bool,
+    secret: StreamSecret,
     layout: RamLayout,
 }
 
@@ -70,12 +84,21 @@ struct Expected {
 pub struct DestinationSession {
     agent: Arc<Agent>,
     engine: Destination,
-    channel: Arc<Channel>,
+    channel: ChannelSlot,
+    /// Counts the connections and the streams opened with them.
+    generation: u32,
+    /// Name of the source, as its certificate says.
+    peer: String,
     tracked: Arc<Tracked>,
     sender: Sender<DestinationEvent>,
     worker: ContainerWorker,
-    secret: StreamSecret,
     digest_seed: u64,
+    /// Whether the digests of all pages that arrived are known: not after a restart.
+    comparable: bool,
+    /// After a restart, what asks for pages until the worker can.
+    asking: Option<Asking>,
+    /// Streams that have delivered everything.
+    pushed: usize,
     ended: Arc<AtomicBool>,
     expected: Option<Expected>,
     vm: Option<Arc<dyn Vm>>,
@@ -99,21 +122,24 @@ impl DestinationSession {
         agent: &Arc<Agent>,
         engine: Destination,
         offer: &Offer,
-        secret: StreamSecret,
         channel: &Arc<Channel>,
         tracked: &Arc<Tracked>,
         sender: Sender<DestinationEvent>,
     ) -> std::io::Result<Self> {
-        let worker = ContainerWorker::start(agent, &offer.order, sender.clone())?;
+        let worker = ContainerWorker::start(agent, &offer.order, None, sender.clone())?;
         Ok(Self {
             agent: Arc::clone(agent),
             engine,
-            channel: Arc::clone(channel),
+            channel: Arc::new(Mutex::new(Some(Arc::clone(channel)))),
+            generation: 0,
+            peer: channel.peer.name.clone(),
             tracked: Arc::clone(tracked),
             sender,
             worker,
-            secret,
             digest_seed: offer.digest_seed,
+            comparable: true,
+            asking: None,
+            pushed: 0,
             ended: Arc::new(AtomicBool::new(false)),
             expected: None,
             vm: None,
@@ -125,6 +151,66 @@ impl DestinationSession {
             round: 0,
             began: agent.now(),
         })
+    }
+
+    /// Goes on after a restart with a VM that needs pages which are still on the source. Accesses to pages that are not
+    /// here wait when this returns.
+    ///
+    /// # Errors
+    ///
+    /// No thread can be had, or the hypervisor does not answer.
+    pub fn recovered(
+        agent: &Arc<Agent>,
+        engine: Destination,
+        order: &Order,
+        vm: &Arc<dyn Vm>,
+        layout: &RamLayout,
+        tracked: &Arc<Tracked>,
+        sender: Sender<DestinationEvent>,
+    ) -> Result<Self, Reason> {
+        let internal = |error: &dyn std::error::Error| Reason::new("internal", chain(error));
+        let channel = ChannelSlot::default();
+        let ram = vm.ram().map_err(|error| internal(&error))?;
+        let shared = Arc::new(Shared {
+            ram: Arc::clone(&ram),
+            digests: Digests::new(layout, 0),
+            layout: layout.clone(),
+            device_state: DeviceState::default(),
+            device_state_max: agent.config.limits.device_state.bytes(),
+            guest_bytes: Default::default(),
+            streams: 0,
+            waiting: Default::default(),
+            references: AtomicBool::new(false),
+        });
+        let asking = container::wait_for_pages(vm, &shared, &channel);
+        let asking = asking.map_err(|failure| failure.reason)?;
+        let worker = ContainerWorker::start(agent, order, Some(Arc::clone(vm)), sender.clone());
+        let session = Self {
+            agent: Arc::clone(agent),
+            engine,
+            channel,
+            generation: 0,
+            peer: order.source.clone(),
+            tracked: Arc::clone(tracked),
+            sender,
+            worker: worker.map_err(|error| internal(&error))?,
+            digest_seed: 0,
+            comparable: false,
+            asking: Some(asking),
+            pushed: 0,
+            ended: Arc::new(AtomicBool::new(false)),
+            expected: None,
+            vm: Some(Arc::clone(vm)),
+            ram: Some(ram),
+            shared: Some(shared),
+            sockets: Vec::new(),
+            streams: 0,
+            delivered: 0,
+            round: 0,
+            began: agent.now(),
+        };
+        session.watch(vm);
+        Ok(session)
     }
 
     /// Works until the migration has ended.
@@ -154,42 +240,81 @@ impl DestinationSession {
         };
         self.ended.store(true, Ordering::Relaxed);
         self.close_streams();
-        self.channel.close();
+        self.close_channel();
+        self.asking = None;
         self.finish(&ending);
+    }
+
+    fn channel(&self) -> Option<Arc<Channel>> {
+        self.slot().clone()
+    }
+
+    fn slot(&self) -> MutexGuard<'_, Option<Arc<Channel>>> {
+        self.channel.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn close_channel(&self) {
+        if let Some(channel) = self.slot().take() {
+            channel.close();
+        }
     }
 
     fn handle(&mut self, event: DestinationEvent) {
         let now = self.agent.now();
         match event {
-            DestinationEvent::Message(message) => {
+            DestinationEvent::Message(generation, message) if generation == self.generation => {
                 debug!(message = message.name(), "received");
                 self.engine.handle_message(now, message);
             }
-            DestinationEvent::Lost(reason) => {
+            DestinationEvent::Lost(generation, reason) if generation == self.generation => {
                 debug!(%reason, "connection lost");
                 self.engine.handle_connection_lost(now, reason);
             }
+            DestinationEvent::Message(..) | DestinationEvent::Lost(..) => {}
             DestinationEvent::Stream(authenticated, opening) => {
                 if let Err(problem) = self.admit(*authenticated, opening) {
                     warn!(problem, index = opening.index, "a data stream was refused");
                 }
             }
-            DestinationEvent::Data(Report::RoundEnd { round, last }) => {
+            DestinationEvent::Data(generation, _) if generation != self.generation => {}
+            DestinationEvent::Data(_, Report::RoundEnd { round, last }) => {
                 self.round_end(now, round, last);
             }
-            DestinationEvent::Data(Report::Failed(error)) => {
-                let reason = Reason::new("data-stream", chain(&error));
-                self.engine.handle_abort(now, reason);
+            DestinationEvent::Data(_, Report::Pushed) => {
+                self.pushed += 1;
+                // With the one for pages that the VM waits for.
+                if self.pushed == self.streams + 1 {
+                    self.engine.handle_pushed(now);
+                }
             }
-            DestinationEvent::Reserved(op, vm, ram) => {
+            DestinationEvent::Data(_, Report::Failed(error)) => {
+                let reason = Reason::new("data-stream", chain(&error));
+                if self.engine.is_post_copy() && !self.engine.may_discard() {
+                    // The VM runs on what it has; the source dials again.
+                    warn!(%reason, "a data stream broke");
+                    self.engine.handle_connection_lost(now, reason);
+                } else {
+                    self.engine.handle_abort(now, reason);
+                }
+            }
+            DestinationEvent::Reserved {
+                op,
+                vm,
+                ram,
+                post_copy,
+            } => {
                 self.watch(&vm);
                 self.vm = Some(vm);
                 self.ram = Some(ram);
-                self.engine.handle_done(now, op, Ok(DestinationDone::Done));
+                let done = DestinationDone::Reserved { post_copy };
+                self.engine.handle_done(now, op, Ok(done));
             }
             DestinationEvent::Container(op, result) => self.engine.handle_done(now, op, result),
             DestinationEvent::ContainerGone => self.engine.handle_container_gone(now),
-            DestinationEvent::Query => self.engine.handle_query(now),
+            DestinationEvent::Query(channel, reply) => {
+                let generation = self.queried(now, channel);
+                let _ = reply.send(generation);
+            }
             DestinationEvent::Abort(reason, reply) => {
                 // Who asked may have gone away.
                 let _ = reply.send(self.engine.handle_abort(now, reason));
@@ -212,7 +337,7 @@ impl DestinationSession {
             DestinationAction::Send(message) => self.send(&message),
             DestinationAction::ConsultLedger(order) => {
                 let now = self.agent.now();
-                match self.agent.ledger(&order, &self.channel.peer.name) {
+                match self.agent.ledger(&order, &self.peer) {
                     Ok(ledger) => self.engine.handle_ledger(now, &ledger),
                     Err(error) => {
                         let reason = Reason::new("journal", chain(&error));
@@ -227,21 +352,47 @@ impl DestinationSession {
             DestinationAction::ExpectStreams {
                 op,
                 streams,
+                urgent,
+                secret,
                 layout,
             } => {
                 self.tracked.update(|info| info.streams = streams);
                 self.streams = usize::from(streams);
-                let streams = (0..streams).map(|_| None).collect();
+                self.pushed = 0;
+                let count = streams + u16::from(urgent);
                 self.expected = Some(Expected {
                     op,
-                    streams,
+                    streams: (0..count).map(|_| None).collect(),
+                    urgent,
+                    secret,
                     layout,
                 });
             }
+            DestinationAction::TellPresent => {
+                if let Err(error) = self.tell_present() {
+                    let now = self.agent.now();
+                    let reason = Reason::new("memory", chain(&error));
+                    self.engine.handle_connection_lost(now, reason);
+                }
+            }
+            DestinationAction::EndPulling(op) => match &self.shared {
+                Some(shared) => {
+                    self.asking = None;
+                    let shared = Arc::clone(shared);
+                    self.worker
+                        .give(ContainerJob::EndPulling(op, shared, self.comparable));
+                }
+                None => self.report(op, Err(missing("streams"))),
+            },
+            DestinationAction::Disconnect => {
+                self.close_channel();
+                self.close_streams();
+            }
             DestinationAction::LoadDeviceState(op, seal) => match &self.shared {
                 Some(shared) => {
+                    let (shared, channel) = (Arc::clone(shared), Arc::clone(&self.channel));
                     self.worker
-                        .give(ContainerJob::Load(op, seal, Arc::clone(shared)));
+                        .give(ContainerJob::Load(op, seal, shared, channel));
                 }
                 None => self.report(op, Err(missing("streams"))),
             },
@@ -291,13 +442,73 @@ impl DestinationSession {
             fail_point("destination-before-running");
         }
         // A channel that broke is reported by the thread that receives from it.
-        if let Err(error) = self.channel.send(message) {
+        if let Some(channel) = self.channel()
+            && let Err(error) = channel.send(message)
+        {
             debug!(%error, "send failed");
-            self.channel.close();
+            channel.close();
         }
         if matches!(message, Message::Ready(_)) {
             fail_point("destination-after-ready");
         }
+    }
+
+    /// The source asks what became of this migration; where the VM needs it, it has its connection back.
+    fn queried(&mut self, now: Time, channel: Arc<Channel>) -> Option<u32> {
+        let mut secret = StreamSecret([0; 32]);
+        aws_lc_rs::rand::fill(&mut secret.0).ok()?;
+        if !self.engine.handle_query(now, secret) {
+            return None;
+        }
+        info!("the source is back");
+        self.close_streams();
+        self.close_channel();
+        *self.slot() = Some(channel);
+        self.generation += 1;
+        Some(self.generation)
+    }
+
+    /// Tells which pages are here, and asks again for those that the VM waits for.
+    fn tell_present(&self) -> Result<(), palanquin_host::Error> {
+        let (Some(ram), Some(shared), Some(channel)) = (&self.ram, &self.shared, self.channel())
+        else {
+            return Ok(());
+        };
+        let layout = &shared.layout;
+        let mut pages = PageSet::empty(layout);
+        for region in 0..layout.regions() {
+            for extent in ram.data_extents(region)? {
+                pages.insert(region, extent.start / PAGE_BYTES..extent.end / PAGE_BYTES);
+            }
+        }
+        if let Some(waiting) = shared.waiting.get() {
+            // Also what arrived and was given back by the guest since: it must not come again.
+            waiting.add_arrived(&mut pages);
+        }
+        let step = PRESENT_MAX as u64 * 8;
+        for region in 0..layout.regions() {
+            for first_page in (0..layout.pages(region)).step_by(PRESENT_MAX * 8) {
+                let is_last =
+                    region + 1 == layout.regions() && first_page + step >= layout.pages(region);
+                let present = Present {
+                    region: u16::try_from(region).unwrap_or(u16::MAX),
+                    first_page,
+                    bits: pages.bits(region, first_page, PRESENT_MAX),
+                    last: is_last,
+                };
+                if let Err(error) = channel.send(&Message::Present(present)) {
+                    debug!(%error, "send failed");
+                    channel.close();
+                    return Ok(());
+                }
+            }
+        }
+        if let Some(waiting) = shared.waiting.get() {
+            for (region, page) in waiting.wanted() {
+                waiting::ask(&self.channel, region, page);
+            }
+        }
+        Ok(())
     }
 
     fn watch(&self, vm: &Arc<dyn Vm>) {
@@ -335,7 +546,7 @@ impl DestinationSession {
         }
         let context = exporter_context(opening.migration, opening.index);
         let exporter = stream.exporter(&context).map_err(|_| "no exporter")?;
-        if !opening.holds(&self.secret, &exporter) {
+        if !opening.holds(&expected.secret, &exporter) {
             return Err("its proof does not hold");
         }
         *slot = Some(Inbound::new(stream));
@@ -352,20 +563,27 @@ impl DestinationSession {
         let Expected {
             op,
             streams,
+            urgent,
             layout,
+            ..
         } = self.expected.take()?;
         let Some(ram) = self.ram.clone() else {
             return Some((op, Err(missing("container"))));
         };
-        let shared = Arc::new(Shared {
-            ram,
-            digests: Digests::new(&layout, self.digest_seed),
-            layout,
-            device_state: DeviceState::default(),
-            device_state_max: self.agent.config.limits.device_state.bytes(),
-            guest_bytes: Default::default(),
-            streams: streams.len(),
-            references: AtomicBool::new(true),
+        let generation = self.generation;
+        // After a reconnection the pages go where they went before.
+        let shared = self.shared.take().unwrap_or_else(|| {
+            Arc::new(Shared {
+                ram,
+                digests: Digests::new(&layout, self.digest_seed),
+                layout,
+                device_state: DeviceState::default(),
+                device_state_max: self.agent.config.limits.device_state.bytes(),
+                guest_bytes: Default::default(),
+                streams: streams.len() - usize::from(urgent),
+                waiting: Default::default(),
+                references: AtomicBool::new(true),
+            })
         });
         self.shared = Some(Arc::clone(&shared));
         for (index, mut inbound) in (0..).zip(streams.into_iter().flatten()) {
@@ -374,8 +592,10 @@ impl DestinationSession {
             let work = move || {
                 receive(&mut inbound, index, &shared, &|report| {
                     // A session that has ended wants no reports.
-                    let _ = sender.send(DestinationEvent::Data(report));
+                    let _ = sender.send(DestinationEvent::Data(generation, report));
                 });
+                // Whatever the reason was: the other end must not go on sending to nobody.
+                inbound.close();
             };
             if let Err(error) = socket.and_then(|()| {
                 thread::Builder::new()
@@ -427,6 +647,7 @@ impl DestinationSession {
             DestinationPhase::Reserving => Phase::Reserving,
             DestinationPhase::Receiving => Phase::PreCopy,
             DestinationPhase::Switchover => Phase::Switchover,
+            DestinationPhase::PostCopy => Phase::PostCopy,
             DestinationPhase::Committing => Phase::Committing,
             DestinationPhase::Finishing | DestinationPhase::Ended => Phase::Erasing,
         };

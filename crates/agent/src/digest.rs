@@ -39,6 +39,11 @@ impl Digests {
         Self { seed, regions }
     }
 
+    /// The seed.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
     fn slot(&self, region: u16, page: u64) -> Option<&[AtomicU64; 2]> {
         self.regions
             .get(usize::from(region))?

@@ -22,6 +22,7 @@ pub mod store;
 pub mod stream_proof;
 pub mod tls;
 pub mod tracked;
+pub mod waiting;
 
 /// Version of this software, told to peers and operators.
 pub const SOFTWARE: &str = env!("CARGO_PKG_VERSION");

@@ -177,7 +177,15 @@ fn converse(
         match channel.receive()? {
             Message::Ping => {}
             Message::Query(query) => {
-                let verdict = answer(agent, &query, &channel.peer.name);
+                let verdict = match answer(agent, &query, channel) {
+                    Answer::Verdict(verdict) => verdict,
+                    // The session answers, and has the connection from now on.
+                    Answer::Rejoined(events, generation) => {
+                        channel.set_receive_timeout(None)?;
+                        forward(channel, &events, generation);
+                        return Ok(());
+                    }
+                };
                 info!(migration = %query.migration, ?verdict, "asked by the source");
                 channel.send(&Message::Verdict(verdict))?;
             }
@@ -230,8 +238,33 @@ fn check(agent: &Agent, offer: &Offer, peer: &str) -> Vec<WireBlocker> {
     blockers
 }
 
+/// What a source that asks gets.
+enum Answer {
+    Verdict(Verdict),
+    /// The VM runs here and needs pages: the connection is the migration's, of this generation.
+    Rejoined(Sender<DestinationEvent>, u32),
+}
+
 /// What became of a migration to this host, for its source.
-fn answer(agent: &Arc<Agent>, query: &Query, peer: &str) -> Verdict {
+fn answer(agent: &Arc<Agent>, query: &Query, channel: &Arc<Channel>) -> Answer {
+    let peer = &channel.peer.name;
+    if let Ok(Some((order, _))) = agent.store.destination_records(query.migration)
+        && order.source == *peer
+        && order.vm == query.vm
+        && let Some(tracked) = agent.migration(query.migration)
+        && let Some(Session::Destination(sender)) = tracked.session()
+    {
+        let (reply, replied) = std::sync::mpsc::channel();
+        let _ = sender.send(DestinationEvent::Query(Arc::clone(channel), reply));
+        if let Ok(Some(generation)) = replied.recv_timeout(DECISION_TIMEOUT) {
+            return Answer::Rejoined(sender, generation);
+        }
+    }
+    Answer::Verdict(decided(agent, query, peer))
+}
+
+/// What the records say.
+fn decided(agent: &Arc<Agent>, query: &Query, peer: &str) -> Verdict {
     let records = |agent: &Agent| agent.store.destination_records(query.migration);
     let Ok(Some((order, _))) = records(agent) else {
         return Verdict::Unknown;
@@ -241,9 +274,8 @@ fn answer(agent: &Arc<Agent>, query: &Query, peer: &str) -> Verdict {
         return Verdict::Unknown;
     }
     if let Some(tracked) = agent.migration(query.migration)
-        && let Some(Session::Destination(sender)) = tracked.session()
+        && let Some(Session::Destination(_)) = tracked.session()
     {
-        let _ = sender.send(DestinationEvent::Query);
         tracked.wait_done(DECISION_TIMEOUT);
         if tracked.session().is_some() {
             // It owns the VM and waits for the source to erase, or can't decide yet: the records tell.
@@ -298,17 +330,7 @@ fn arrive(
     if rand::fill(&mut secret.0).is_err() {
         return out_of_turn(channel, "this host has no randomness");
     }
-    let limits = &agent.config.limits;
-    let config = DestinationConfig {
-        timing: Timing {
-            silence: limits.peer_silence.get(),
-            ..Timing::default()
-        },
-        software: crate::SOFTWARE.to_owned(),
-        stream_secret: secret,
-        streams_max: STREAMS_MAX,
-        device_state_max: limits.device_state.bytes(),
-    };
+    let config = destination_config(agent, secret);
     let now = agent.now();
     let mut engine = Destination::new(now, config);
     engine.handle_message(now, Message::Hello(hello.clone()));
@@ -335,36 +357,48 @@ fn arrive(
         info,
         Some(Session::Destination(sender.clone())),
     ));
-    let session = DestinationSession::new(
-        agent,
-        engine,
-        &offer,
-        secret,
-        channel,
-        &tracked,
-        sender.clone(),
-    )?;
+    let session =
+        DestinationSession::new(agent, engine, &offer, channel, &tracked, sender.clone())?;
     agent.track(order.migration, &tracked);
-    let _ = sender.send(DestinationEvent::Message(Message::Offer(offer)));
+    let _ = sender.send(DestinationEvent::Message(0, Message::Offer(offer)));
     let reader = Arc::clone(channel);
     thread::Builder::new()
         .name("control".to_owned())
-        .spawn(move || {
-            loop {
-                let event = match reader.receive() {
-                    Ok(message) => DestinationEvent::Message(message),
-                    Err(error) => {
-                        DestinationEvent::Lost(Reason::new("connection-lost", chain(&error)))
-                    }
-                };
-                let lost = matches!(event, DestinationEvent::Lost(_));
-                if sender.send(event).is_err() || lost {
-                    return;
-                }
-            }
-        })?;
+        .spawn(move || forward(&reader, &sender, 0))?;
     agent.run_destination(session, &events, order.migration);
     Ok(())
+}
+
+/// Tells a session what arrives on its connection, which is the one of this generation, until that is lost.
+fn forward(channel: &Channel, events: &Sender<DestinationEvent>, generation: u32) {
+    loop {
+        let event = match channel.receive() {
+            Ok(message) => DestinationEvent::Message(generation, message),
+            Err(error) => {
+                let reason = Reason::new("connection-lost", chain(&error));
+                DestinationEvent::Lost(generation, reason)
+            }
+        };
+        let lost = matches!(event, DestinationEvent::Lost(..));
+        if events.send(event).is_err() || lost {
+            return;
+        }
+    }
+}
+
+/// The settings of a destination.
+pub fn destination_config(agent: &Agent, stream_secret: StreamSecret) -> DestinationConfig {
+    let limits = &agent.config.limits;
+    DestinationConfig {
+        timing: Timing {
+            silence: limits.peer_silence.get(),
+            ..Timing::default()
+        },
+        software: crate::SOFTWARE.to_owned(),
+        stream_secret,
+        streams_max: STREAMS_MAX,
+        device_state_max: limits.device_state.bytes(),
+    }
 }
 
 fn channel_of_events() -> (

@@ -73,6 +73,8 @@ fn run(path: &Path) -> Result<()> {
         fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let config = AgentConfig::from_toml(&text)
         .with_context(|| format!("{} is not usable", path.display()))?;
+    // The first random bytes of a process take tens of milliseconds of CPU: better now than during a migration.
+    aws_lc_rs::rand::fill(&mut [0; 1]).context("this host has no randomness")?;
     let key = fs::metadata(&config.tls.key)
         .with_context(|| format!("cannot read {}", config.tls.key.display()))?;
     if key.permissions().mode() & 0o077 != 0 {

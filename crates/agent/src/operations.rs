@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use aws_lc_rs::rand;
 use palanquin_api::control::{
-    AbortAnswer, AbortOutcome, ApiError, Blocker, DoctorReport, DoctorRequest, ErrorKind, HostInfo,
-    MigrationInfo, OperatorAssertion, Outcome, Phase, ResolveMigration, Side, StartMigration,
-    Strategy, VmInfo,
+    AbortAnswer, AbortOutcome, Allow, ApiError, Blocker, DoctorReport, DoctorRequest, ErrorKind,
+    HostInfo, MigrationInfo, OperatorAssertion, Outcome, Phase, ResolveMigration, Side,
+    StartMigration, Strategy, VmInfo,
 };
 use palanquin_api::vm_spec::{Accel, VmSpec};
 use palanquin_engine::convergence::Limits;
@@ -17,6 +17,7 @@ use palanquin_engine::message::{Hello, Offer, Reason, Verdict};
 use palanquin_engine::order::is_name;
 use palanquin_engine::pages::{PAGE_BYTES, RamLayout};
 use palanquin_engine::source::{AbortDisposition, SourceConfig};
+use palanquin_engine::strategy::{Allowed, PostCopyUse};
 use palanquin_engine::time::Timing;
 use palanquin_engine::{Message, MigrationId, Order, Source, VmId};
 use palanquin_host::facts;
@@ -29,8 +30,9 @@ use crate::source_session::{SourceEvent, SourceParams, chain, dial};
 use crate::store::StoredVm;
 use crate::tracked::{Session, api_blocker, info_of};
 
-/// Data streams where none are asked for: one for each core of a small host.
-const STREAMS_DEFAULT: u16 = 2;
+/// Data streams where none are asked for: one for each CPU that this agent may use, within these bounds. More than four
+/// outrun any link that a host has, and take CPUs from its VMs.
+const STREAMS_DEFAULT: std::ops::RangeInclusive<usize> = 2..=4;
 /// Seconds for which an order is good: hosts' clocks may differ by some of them.
 const ORDER_LIFE_S: u64 = 300;
 /// Longest wait for an abort's outcome.
@@ -255,7 +257,20 @@ impl Agent {
     ///
     /// There is none of that name, a migration works on it, or it does not end.
     pub fn stop_vm(&self, name: &str) -> Answer<VmInfo> {
-        let entry = self.named(name)?;
+        let mut entry = self.named(name)?;
+        let pulling = entry.migration.and_then(|id| self.migration(id));
+        let pulling = pulling.filter(|tracked| {
+            let info = tracked.info();
+            info.side == Side::Destination && info.phase == Phase::PostCopy
+        });
+        if let (Some(tracked), Some(vm)) = (pulling, &entry.vm) {
+            // It runs here and nowhere else; if its missing pages are lost, this is the only way out. The migration
+            // ends with it.
+            vm.terminate()
+                .map_err(|problem| internal("the VM does not end", &problem))?;
+            tracked.wait_done(ABORT_TIMEOUT);
+            entry = self.named(name)?;
+        }
         if entry.migration.is_some() || entry.stored.incoming {
             let hint = "`palanquin migration ls` shows it; abort it first";
             return Err(error(
@@ -322,6 +337,8 @@ impl Agent {
         let limits = limits_of(request);
         let config = SourceConfig {
             order: order.clone(),
+            strategy: strategy_of(request.strategy)?,
+            layout: Some(layout.clone()),
             limits,
             timing: self.timing(),
             software: crate::SOFTWARE.to_owned(),
@@ -333,7 +350,8 @@ impl Agent {
             digest_seed: offer.digest_seed,
             device_state_max: self.config.limits.device_state.bytes(),
         };
-        let info = info_of(&order, Side::Source, layout.total_bytes());
+        let mut info = info_of(&order, Side::Source, layout.total_bytes());
+        info.strategy = request.strategy;
         let engine = Source::new(self.now(), config, offer);
         match self.run_source(engine, Some(vm), params, info) {
             Ok(tracked) => Ok(tracked.info()),
@@ -416,8 +434,10 @@ impl Agent {
             order,
             descriptor,
             region_pages,
-            streams: streams.unwrap_or(STREAMS_DEFAULT),
+            streams: streams.unwrap_or_else(default_streams),
             digest_seed: u64::from_le_bytes(seed),
+            // Set by the strategy.
+            post_copy: PostCopyUse::No,
         };
         Ok((vm, offer, layout))
     }
@@ -474,7 +494,9 @@ impl Agent {
         };
         let info = tracked.wait_done(timeout);
         let (outcome, hint) = match (info.phase, info.outcome) {
-            (Phase::Done, Some(Outcome::Completed)) => (AbortOutcome::TooLateCommitted, None),
+            (Phase::Done, Some(Outcome::Completed)) | (Phase::PostCopy, _) => {
+                (AbortOutcome::TooLateCommitted, None)
+            }
             (Phase::Done, Some(Outcome::RunningOnSource)) => (AbortOutcome::RunningOnSource, None),
             (Phase::Done, _) => {
                 let message = info.reason.unwrap_or_else(|| "the VM ended".to_owned());
@@ -651,17 +673,13 @@ impl Agent {
 }
 
 fn check_request(request: &StartMigration) -> Answer<()> {
-    let not_yet = |what: &str| {
-        let hint = "`auto` and `pre-copy` work";
-        Err(error(
+    if !request.allow.is_empty() && request.strategy != Strategy::Auto {
+        let hint = "leave one of both out";
+        return Err(error(
             ErrorKind::Usage,
-            format!("{what} is not there yet"),
+            "what is allowed concerns strategy `auto` only",
             Some(hint),
-        ))
-    };
-    match request.strategy {
-        Strategy::Auto | Strategy::PreCopy => {}
-        other => return not_yet(&format!("strategy {other:?}")),
+        ));
     }
     if request
         .streams
@@ -693,12 +711,41 @@ fn check_request(request: &StartMigration) -> Answer<()> {
     Ok(())
 }
 
+fn default_streams() -> u16 {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let streams = cpus.clamp(*STREAMS_DEFAULT.start(), *STREAMS_DEFAULT.end());
+    u16::try_from(streams).unwrap_or(2)
+}
+
+fn strategy_of(strategy: Strategy) -> Answer<palanquin_engine::strategy::Strategy> {
+    use palanquin_engine::strategy::Strategy as Engine;
+    Ok(match strategy {
+        Strategy::Auto => Engine::Auto,
+        Strategy::StopAndCopy => Engine::StopAndCopy,
+        Strategy::PreCopy => Engine::PreCopy,
+        Strategy::Improved => Engine::Improved,
+        Strategy::PostCopy => Engine::PostCopy,
+        Strategy::Hybrid => Engine::Hybrid,
+        _ => {
+            return Err(error(
+                ErrorKind::Usage,
+                "this agent does not know the strategy",
+                None,
+            ));
+        }
+    })
+}
+
 fn limits_of(request: &StartMigration) -> Limits {
     let default = Limits::default();
     let given = |ms: Option<u64>, default| ms.map_or(default, Duration::from_millis);
     Limits {
         max_downtime: given(request.max_downtime_ms, default.max_downtime),
         deadline: given(request.deadline_ms, default.deadline),
+        allowed: Allowed {
+            throttle: request.allow.contains(&Allow::Throttle),
+            post_copy: request.allow.contains(&Allow::PostCopy),
+        },
         ..default
     }
 }

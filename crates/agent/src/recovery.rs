@@ -2,19 +2,31 @@
 //! record.
 
 use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::Duration;
 
 use palanquin_api::control::{Outcome, Phase, Side};
+use palanquin_engine::ids::StreamSecret;
 use palanquin_engine::journal::DestinationRecovery;
 use palanquin_engine::message::Reason;
+use palanquin_engine::pages::PAGE_BYTES;
 use palanquin_engine::source::SourceConfig;
-use palanquin_engine::{DestinationRecord, MigrationId, Order, Source, SourceRecord};
-use palanquin_host::vm::RunState;
+use palanquin_engine::{
+    Destination, DestinationRecord, MigrationId, Order, RamLayout, Source, SourceRecord,
+};
+use palanquin_host::vm::{RunState, Vm};
 use tracing::{error, info, warn};
 
 use crate::agent::{Agent, Entry};
+use crate::destination_session::DestinationSession;
+use crate::listener::destination_config;
 use crate::source_session::{SourceParams, chain};
 use crate::store::{StoreError, Unfinished};
-use crate::tracked::{Tracked, info_of};
+use crate::tracked::{Session, Tracked, info_of};
+
+/// How soon is tried again what does not work because a hypervisor does not answer.
+const AGAIN: Duration = Duration::from_secs(2);
 
 /// Brings the agent to where it was.
 ///
@@ -48,10 +60,11 @@ pub fn recover(agent: &Arc<Agent>) -> Result<(), StoreError> {
     }
     for unfinished in agent.store.unfinished()? {
         match unfinished {
-            Unfinished::Source(order, record) => source(agent, order, &record),
+            Unfinished::Source(order, record) => source(agent, &order, &record),
             Unfinished::Destination(order, record) => match record.recovery() {
                 DestinationRecovery::Discard => discard(agent, &order),
                 DestinationRecovery::Activate(_) => activate(agent, &order),
+                DestinationRecovery::Pull(_) => pull(agent, &order),
                 DestinationRecovery::Nothing => {}
             },
         }
@@ -59,17 +72,103 @@ pub fn recover(agent: &Arc<Agent>) -> Result<(), StoreError> {
     Ok(())
 }
 
-fn source(agent: &Arc<Agent>, order: Order, record: &SourceRecord) {
+fn entry_of(agent: &Agent, order: &Order) -> Option<Entry> {
+    let mut entries = agent.entries().into_iter();
+    entries.find(|entry| entry.stored.id == order.vm)
+}
+
+/// A VM that a migration is about, with the layout of its RAM; none if its hypervisor has ended.
+type Found = Option<(Arc<dyn Vm>, RamLayout)>;
+
+/// Looks for the VM, anew where its hypervisor was not found a moment ago. An error says that it is not known whether
+/// it lives: then nothing may be concluded.
+fn find(agent: &Agent, order: &Order) -> Result<Found, Reason> {
+    let Some(entry) = entry_of(agent, order) else {
+        return Ok(None);
+    };
+    let vm = match entry.vm.clone() {
+        Some(vm) => vm,
+        None => {
+            let dir = agent.vm_dir(order.vm);
+            match agent.hypervisor.attach(&entry.stored.handle, &dir) {
+                Ok(vm) => {
+                    agent.put_entry(Entry {
+                        vm: Some(Arc::clone(&vm)),
+                        ..entry
+                    });
+                    vm
+                }
+                Err(problem) if problem.is_process_gone() => return Ok(None),
+                Err(problem) => return Err(Reason::new("vm-unknown", chain(&problem))),
+            }
+        }
+    };
+    if vm.wait_ended(Duration::ZERO) {
+        return Ok(None);
+    }
+    let layout = layout_of(&vm);
+    let layout = layout.ok_or_else(|| Reason::new("memory", "its memory is not found"))?;
+    Ok(Some((vm, layout)))
+}
+
+/// Tries until it succeeds: at once, then in a thread, because others do not wait for this VM.
+fn persist(
+    agent: &Arc<Agent>,
+    order: &Order,
+    work: impl Fn(&Arc<Agent>, &Order) -> Result<(), Reason> + Send + 'static,
+) {
+    let Err(reason) = work(agent, order) else {
+        return;
+    };
+    error!(%reason, migration = %order.migration, "its VM cannot be looked after yet; trying on");
+    let (agent, order) = (Arc::clone(agent), order.clone());
+    let again = move || {
+        let (_open, never) = channel::<()>();
+        loop {
+            let _ = never.recv_timeout(AGAIN);
+            match work(&agent, &order) {
+                Ok(()) => return,
+                Err(reason) => warn!(%reason, migration = %order.migration, "not yet"),
+            }
+        }
+    };
+    if let Err(problem) = thread::Builder::new()
+        .name("recover".to_owned())
+        .spawn(again)
+    {
+        error!(%problem, "the VM stands still until the agent is started again");
+    }
+}
+
+fn source(agent: &Arc<Agent>, order: &Order, record: &SourceRecord) {
     info!(migration = %order.migration, ?record, "going on as its source");
-    let entry = agent
-        .entries()
-        .into_iter()
-        .find(|entry| entry.stored.id == order.vm);
     agent.claim(order.vm, order.migration);
-    let ram_bytes = entry.as_ref().map_or(0, |entry| entry.stored.memory_bytes);
-    let vm = entry.and_then(|entry| entry.vm);
+    if matches!(record, SourceRecord::Committed(_)) {
+        // The VM may run on the destination and need pages: they are not given up for a hypervisor that is only busy.
+        let record = record.clone();
+        persist(agent, order, move |agent, order| {
+            let (vm, layout) = find(agent, order)?.unzip();
+            source_session(agent, order, &record, vm, layout);
+            Ok(())
+        });
+    } else {
+        let vm = entry_of(agent, order).and_then(|entry| entry.vm);
+        source_session(agent, order, record, vm, None);
+    }
+}
+
+fn source_session(
+    agent: &Arc<Agent>,
+    order: &Order,
+    record: &SourceRecord,
+    vm: Option<Arc<dyn Vm>>,
+    layout: Option<RamLayout>,
+) {
+    let ram_bytes = entry_of(agent, order).map_or(0, |entry| entry.stored.memory_bytes);
     let config = SourceConfig {
         order: order.clone(),
+        strategy: Default::default(),
+        layout: layout.clone(),
         limits: Default::default(),
         timing: agent.timing(),
         software: crate::SOFTWARE.to_owned(),
@@ -78,23 +177,71 @@ fn source(agent: &Arc<Agent>, order: Order, record: &SourceRecord) {
     let params = SourceParams {
         bandwidth_bytes_per_s: None,
         compress: Default::default(),
-        layout: None,
+        layout,
         digest_seed: 0,
         device_state_max: agent.config.limits.device_state.bytes(),
     };
-    let info = info_of(&order, Side::Source, ram_bytes);
+    let info = info_of(order, Side::Source, ram_bytes);
     if let Err(problem) = agent.run_source(engine, vm, params, info) {
         error!(%problem, migration = %order.migration, "no thread for it");
     }
 }
 
+/// Layout of a VM's RAM, where its hypervisor tells.
+pub fn layout_of(vm: &Arc<dyn Vm>) -> Option<RamLayout> {
+    let ram = vm.ram().ok()?;
+    let regions = ram.regions().iter();
+    RamLayout::new(
+        regions
+            .map(|region| region.size_bytes / PAGE_BYTES)
+            .collect(),
+    )
+    .ok()
+}
+
+/// Goes on with a VM that this host owns and that needs pages which are still on the source.
+fn pull(agent: &Arc<Agent>, order: &Order) {
+    info!(migration = %order.migration, "the VM is ours and needs pages of the source");
+    agent.claim(order.vm, order.migration);
+    persist(agent, order, |agent, order| match find(agent, order)? {
+        Some((vm, layout)) => recovered_session(agent, order, &vm, &layout),
+        None => {
+            // Its hypervisor ended; there is nothing to pull for.
+            activate(agent, order);
+            Ok(())
+        }
+    });
+}
+
+fn recovered_session(
+    agent: &Arc<Agent>,
+    order: &Order,
+    vm: &Arc<dyn Vm>,
+    layout: &RamLayout,
+) -> Result<(), Reason> {
+    let internal = |what: &str| Reason::new("internal", what);
+    let config = destination_config(agent, StreamSecret([0; 32]));
+    let engine = Destination::recover(agent.now(), config, order.clone(), layout.clone());
+    let info = info_of(order, Side::Destination, layout.total_bytes());
+    let (sender, events) = channel();
+    let session = Some(Session::Destination(sender.clone()));
+    let tracked = Arc::new(Tracked::new(info, session));
+    let session =
+        DestinationSession::recovered(agent, engine, order, vm, layout, &tracked, sender)?;
+    agent.track(order.migration, &tracked);
+    let (agent, migration) = (Arc::clone(agent), order.migration);
+    let work = move || agent.run_destination(session, &events, migration);
+    thread::Builder::new()
+        .name("destination".to_owned())
+        .spawn(work)
+        .map(drop)
+        .map_err(|error| internal(&error.to_string()))
+}
+
 /// Ends the container of a migration that was never owned, and records that it is discarded.
 pub fn discard(agent: &Arc<Agent>, order: &Order) {
     info!(migration = %order.migration, "discarding: it was never committed here");
-    let entry = agent
-        .entries()
-        .into_iter()
-        .find(|entry| entry.stored.id == order.vm);
+    let entry = entry_of(agent, order);
     let dir = agent.vm_dir(order.vm);
     let ended = match entry.as_ref().and_then(|entry| entry.vm.as_ref()) {
         Some(vm) => vm.terminate(),
@@ -126,10 +273,7 @@ pub fn discard(agent: &Arc<Agent>, order: &Order) {
 /// Resumes a VM that this host owns and that was not resumed, or not known to be.
 fn activate(agent: &Arc<Agent>, order: &Order) {
     info!(migration = %order.migration, "the VM is ours");
-    let entry = agent
-        .entries()
-        .into_iter()
-        .find(|entry| entry.stored.id == order.vm);
+    let entry = entry_of(agent, order);
     let mut reason = None;
     match entry.as_ref().and_then(|entry| entry.vm.as_ref()) {
         Some(vm) => {

@@ -2,6 +2,7 @@
 
 mod vm_worker;
 
+use std::collections::HashMap;
 use std::io::Write;
 use std::net::TcpStream;
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::Duration;
 
-use palanquin_api::control::{Compress, Downtime, Outcome, Phase};
+use palanquin_api::control::{Compress, Decision, Downtime, FaultWait, Outcome, Phase};
 use palanquin_engine::ids::StreamSecret;
 use palanquin_engine::message::{Reason, Verdict};
 use palanquin_engine::pages::{PAGE_BYTES, PageSet, RamLayout};
@@ -18,13 +19,13 @@ use palanquin_engine::source::{
     AbortDisposition, Ending, Failure, Op, RoundMark, Source, SourceAction, SourceDone, SourcePhase,
 };
 use palanquin_engine::{Message, Time};
-use palanquin_host::vm::{Vm, WriteTracker};
+use palanquin_host::vm::{GuestRam, Throttle, Vm, WriteTracker};
 use tracing::{debug, info, warn};
 
 use self::vm_worker::{VmJob, VmWorker};
 use crate::agent::Agent;
 use crate::channel::{Channel, ChannelError};
-use crate::data_send::{Job, SendError, Senders, Shared};
+use crate::data_send::{Job, Pulled, SendError, Senders, Shared};
 use crate::digest::Digests;
 use crate::fail_point::fail_point;
 use crate::stream_proof::{Opening, exporter_context};
@@ -46,8 +47,8 @@ pub enum SourceEvent {
     Message(u32, Message),
     /// The streams stand, or not.
     Streams(Op, Result<Vec<Authenticated>, Reason>),
-    /// One stream has ended its job.
-    StreamJob(Result<(), SendError>),
+    /// One stream has ended its part of a job.
+    StreamJob(Op, Result<(), SendError>),
     /// The VM worker has ended a job.
     Vm(Op, Result<SourceDone, Failure>),
     /// The device state was saved.
@@ -86,12 +87,17 @@ pub struct SourceSession {
     sender: Sender<SourceEvent>,
     worker: VmWorker,
     ended: Arc<AtomicBool>,
+    /// Whether the streams include one for pages that the VM waits for.
+    urgent: bool,
     channel: Option<Arc<Channel>>,
     tracker: Option<Box<dyn WriteTracker>>,
     shared: Option<Arc<Shared>>,
     senders: Option<Senders>,
-    /// The job that the streams are at, and how many of them still are.
-    jobs: Option<(Op, usize)>,
+    /// The jobs that the streams are at, and how many reports are still to come.
+    jobs: HashMap<Op, usize>,
+    throttle: Option<Box<dyn Throttle>>,
+    /// Whether this goes on after a restart: what was sent before is not known.
+    recovered: bool,
     device_state: Option<Arc<Vec<u8>>>,
     phase: SourcePhase,
 }
@@ -114,6 +120,7 @@ impl SourceSession {
         let limit = params.device_state_max;
         let worker = VmWorker::start(vm.clone(), dir, limit, engine.order().run, sender.clone())?;
         let ended = Arc::new(AtomicBool::new(false));
+        let recovered = engine.is_recovered();
         if let Some(vm) = vm.clone() {
             let (ended, sender) = (Arc::clone(&ended), sender.clone());
             thread::Builder::new()
@@ -137,11 +144,14 @@ impl SourceSession {
             sender,
             worker,
             ended,
+            urgent: false,
             channel: None,
             tracker: None,
             shared: None,
             senders: None,
-            jobs: None,
+            jobs: HashMap::new(),
+            throttle: None,
+            recovered,
             device_state: None,
         })
     }
@@ -203,7 +213,7 @@ impl SourceSession {
                 self.engine.handle_message(now, attempt, message);
             }
             SourceEvent::Streams(op, result) => self.streams_opened(now, op, result),
-            SourceEvent::StreamJob(result) => self.stream_job(now, result),
+            SourceEvent::StreamJob(op, result) => self.stream_job(now, op, result),
             SourceEvent::Vm(op, result) => self.engine.handle_done(now, op, result),
             SourceEvent::Saved(op, state) => {
                 let done = SourceDone::DeviceState {
@@ -260,10 +270,12 @@ impl SourceSession {
             SourceAction::OpenStreams {
                 op,
                 streams,
+                urgent,
                 secret,
             } => {
                 self.tracked.update(|info| info.streams = streams);
-                self.open_streams(op, streams, secret);
+                self.urgent = urgent;
+                self.open_streams(op, streams + u16::from(urgent), secret);
             }
             SourceAction::StartTracking(op) => {
                 let result = self.start_tracking();
@@ -281,14 +293,36 @@ impl SourceSession {
             } => {
                 self.send_pages(op, pages, round, then);
             }
+            SourceAction::Peek(op) => {
+                let result = self.peek();
+                self.report(op, result.map(SourceDone::Collected));
+            }
+            SourceAction::FindData(op) => {
+                let result = self.find_data();
+                self.report(op, result.map(SourceDone::Collected));
+            }
+            SourceAction::Throttle(share) => self.set_throttle(share),
+            SourceAction::SendStale { op, pages, round } => self.send_stale(op, pages, round),
+            SourceAction::SendUrgent { op, block } => {
+                fail_point("source-serving");
+                let senders = self.senders.as_ref();
+                let jobs = senders.map_or(0, |senders| senders.urgent(op, Job::Urgent(block)));
+                self.expect_jobs(op, jobs);
+            }
+            SourceAction::ComputePulledRoot(op) => {
+                let shared = self.shared.as_ref().filter(|_| !self.recovered);
+                let root = shared.map(|shared| shared.pulled.digests().root());
+                self.report(op, Ok(root.map_or(SourceDone::NoRoot, SourceDone::Root)));
+            }
+            SourceAction::CloseStreams => self.close_streams(),
             SourceAction::Pause(op) => self.worker.give(VmJob::Pause(op)),
             SourceAction::SaveDeviceState(op) => self.worker.give(VmJob::Save(op)),
             SourceAction::Resume(op) => self.worker.give(VmJob::Resume(op)),
             SourceAction::Erase(op) => self.worker.give(VmJob::Erase(op)),
             SourceAction::SendDeviceState(op) => match (&self.senders, self.device_state.take()) {
                 (Some(senders), Some(state)) => {
-                    senders.first(Job::DeviceState(state));
-                    self.jobs = Some((op, 1));
+                    let jobs = senders.first(op, Job::DeviceState(state));
+                    self.expect_jobs(op, jobs);
                 }
                 _ => self.report(op, Err(missing("device state"))),
             },
@@ -399,10 +433,10 @@ impl SourceSession {
         let started = result.and_then(|connections| {
             let shared = self.make_shared()?;
             let sender = self.sender.clone();
-            let report = move |result| {
-                let _ = sender.send(SourceEvent::StreamJob(result));
+            let report = move |op, result| {
+                let _ = sender.send(SourceEvent::StreamJob(op, result));
             };
-            let senders = Senders::start(connections, &shared, &report)
+            let senders = Senders::start(connections, self.urgent, &shared, &report)
                 .map_err(|error| Reason::new("internal", error.to_string()))?;
             self.shared = Some(shared);
             self.senders = Some(senders);
@@ -415,6 +449,7 @@ impl SourceSession {
         self.engine.handle_done(now, op, result);
     }
 
+    /// What the streams share; after a reconnection with the digests and counters of before.
     fn make_shared(&self) -> Result<Arc<Shared>, Reason> {
         let (Some(vm), Some(layout)) = (&self.vm, &self.params.layout) else {
             return Err(Reason::new("internal", "there is no VM to copy"));
@@ -422,14 +457,69 @@ impl SourceSession {
         let ram = vm
             .ram()
             .map_err(|error| Reason::new("memory", chain(&error)))?;
+        let seed = self.params.digest_seed;
+        let before = self.shared.as_ref();
+        let digests = before.map(|shared| Arc::clone(&shared.digests));
+        let pulled = before.map(|shared| Arc::clone(&shared.pulled));
+        let counters = before.map(|shared| Arc::clone(&shared.counters));
         Ok(Arc::new(Shared {
             ram,
-            digests: Arc::new(Digests::new(layout, self.params.digest_seed)),
-            counters: Default::default(),
+            digests: digests.unwrap_or_else(|| Arc::new(Digests::new(layout, seed))),
+            pulled: pulled.unwrap_or_else(|| Arc::new(Pulled::new(layout, seed))),
+            counters: counters.unwrap_or_default(),
             pace: crate::pace::Pace::new(self.params.bandwidth_bytes_per_s),
             compress: self.params.compress,
-            references: AtomicBool::new(true),
+            references: AtomicBool::new(!self.engine.runs_on_destination()),
         }))
+    }
+
+    fn peek(&mut self) -> Result<PageSet, Failure> {
+        let (Some(tracker), Some(layout)) = (&mut self.tracker, &self.params.layout) else {
+            return Err(missing("tracking"));
+        };
+        let mut pages = PageSet::empty(layout);
+        tracker
+            .peek(&mut |region, range| pages.insert(region, range))
+            .map_err(|error| failure("tracking", &error))?;
+        Ok(pages)
+    }
+
+    fn find_data(&self) -> Result<PageSet, Failure> {
+        let (Some(vm), Some(layout)) = (&self.vm, &self.params.layout) else {
+            return Err(missing("VM"));
+        };
+        let ram = vm.ram().map_err(|error| failure("memory", &error))?;
+        let mut pages = PageSet::empty(layout);
+        insert_data(ram.as_ref(), &mut pages)?;
+        Ok(pages)
+    }
+
+    fn set_throttle(&mut self, share: f64) {
+        if share >= 1.0 {
+            self.throttle = None;
+            return;
+        }
+        if self.throttle.is_none() {
+            let throttle = self.vm.as_ref().map(|vm| vm.throttle());
+            match throttle {
+                Some(Ok(throttle)) => self.throttle = Some(throttle),
+                Some(Err(error)) => return self.throttle_failed(&error),
+                None => {}
+            }
+        }
+        if let Some(throttle) = &mut self.throttle {
+            if let Err(error) = throttle.set(share) {
+                self.throttle = None;
+                return self.throttle_failed(&error);
+            }
+            info!(share, "throttled");
+        }
+    }
+
+    fn throttle_failed(&mut self, error: &palanquin_host::Error) {
+        warn!(error = chain(error), "the VM cannot be throttled");
+        let reason = Reason::new("throttle", chain(error));
+        self.engine.handle_throttle_failed(&reason);
     }
 
     fn start_tracking(&mut self) -> Result<(), Failure> {
@@ -462,15 +552,7 @@ impl SourceSession {
             .map_err(|error| failure("tracking", &error))?;
         if first {
             // Tracking is armed now: what is filled from here on is collected later, holes are never touched.
-            for region in 0..layout.regions() {
-                let extents = shared.ram.data_extents(region);
-                for extent in extents.map_err(|error| failure("memory", &error))? {
-                    pages.insert(
-                        region,
-                        extent.start / PAGE_BYTES..extent.end.div_ceil(PAGE_BYTES),
-                    );
-                }
-            }
+            insert_data(shared.ram.as_ref(), &mut pages)?;
         }
         Ok(pages)
     }
@@ -479,47 +561,69 @@ impl SourceSession {
         let Some(senders) = &self.senders else {
             return self.report(op, Err(missing("streams")));
         };
-        let mut jobs = senders.count();
-        senders.all(&Job::Pages(Arc::new(pages)));
+        let mut jobs = senders.all(op, &Job::Pages(Arc::new(pages)));
         if then != RoundMark::None {
-            senders.all(&Job::RoundEnd {
+            let end = Job::RoundEnd {
                 round,
-                last: then == RoundMark::Last,
-            });
-            jobs += senders.count();
+                last: then != RoundMark::End,
+            };
+            jobs += senders.all(op, &end);
+            if then == RoundMark::Pushed {
+                jobs += senders.urgent(op, end);
+            }
         }
-        self.jobs = Some((op, jobs));
+        self.expect_jobs(op, jobs);
     }
 
-    fn stream_job(&mut self, now: Time, result: Result<(), SendError>) {
-        match (result, &mut self.jobs) {
-            (Ok(()), Some((op, left))) => {
+    fn send_stale(&mut self, op: Op, pages: PageSet, round: u32) {
+        let (Some(senders), Some(shared)) = (&self.senders, &self.shared) else {
+            return self.report(op, Err(missing("streams")));
+        };
+        let end = Job::RoundEnd { round, last: true };
+        let jobs = senders.all(op, &Job::Stale(Arc::new(pages))) + senders.all(op, &end);
+        // Before the first job whose pages may arrive while the VM runs there.
+        shared.references.store(false, Ordering::Relaxed);
+        self.expect_jobs(op, jobs);
+    }
+
+    fn expect_jobs(&mut self, op: Op, jobs: usize) {
+        if jobs == 0 {
+            return self.report(op, Err(missing("streams")));
+        }
+        self.jobs.insert(op, jobs);
+    }
+
+    fn stream_job(&mut self, now: Time, op: Op, result: Result<(), SendError>) {
+        let Some(left) = self.jobs.get_mut(&op) else {
+            // Of streams that were closed meanwhile.
+            return;
+        };
+        match result {
+            Ok(()) => {
                 *left -= 1;
                 if *left == 0 {
-                    let op = *op;
-                    self.jobs = None;
+                    self.jobs.remove(&op);
                     self.engine.handle_done(now, op, Ok(SourceDone::Done));
                 }
             }
-            (Err(SendError::Cancelled), _) | (Ok(()), None) => {}
-            (Err(error), jobs) => {
-                let op = jobs.take().map(|(op, _)| op);
+            Err(SendError::Cancelled) => {}
+            Err(error) => {
+                self.jobs.remove(&op);
                 let reason = Reason::new("connection-lost", error.to_string());
-                match op {
-                    Some(op) => {
-                        self.engine.handle_done(
-                            now,
-                            op,
-                            Err(Failure {
-                                reason,
-                                vm_gone: false,
-                            }),
-                        );
-                    }
-                    None => drop(self.engine.handle_abort(now, reason)),
-                }
+                let failure = Failure {
+                    reason,
+                    vm_gone: false,
+                };
+                self.engine.handle_done(now, op, Err(failure));
             }
         }
+    }
+
+    fn close_streams(&mut self) {
+        if let Some(senders) = self.senders.take() {
+            senders.cancel();
+        }
+        self.jobs.clear();
     }
 
     fn stop_copying(&mut self) {
@@ -529,8 +633,9 @@ impl SourceSession {
             senders.cancel();
         }
         self.tracker = None;
+        self.throttle = None;
         self.shared = None;
-        self.jobs = None;
+        self.jobs.clear();
         self.device_state = None;
     }
 
@@ -553,6 +658,7 @@ impl SourceSession {
                 SourcePhase::PreCopy => Phase::PreCopy,
                 SourcePhase::Switchover => Phase::Switchover,
                 SourcePhase::Committing => Phase::Committing,
+                SourcePhase::PostCopy => Phase::PostCopy,
                 SourcePhase::InDoubt => Phase::InDoubt,
                 SourcePhase::Finishing | SourcePhase::Ended => Phase::Erasing,
             };
@@ -583,12 +689,25 @@ impl SourceSession {
             info.bytes_saved = progress.sent.saved_bytes;
             info.pages_zero = progress.sent.pages_zero;
             info.pages_resent = progress.pages_resent;
+            info.pages_skipped = progress.pages_skipped;
+            info.throttle_share =
+                (progress.throttle_share > 0.0).then_some(progress.throttle_share);
+            info.pages_demanded = progress.demands;
+            info.fault_wait = fault_wait(&progress.fault_wait_log2_us);
+            info.rejoined = progress.rejoined;
+            let notes = progress.notes().iter();
+            info.decisions = notes
+                .map(|note| Decision {
+                    rounds: note.rounds,
+                    why: note.why.clone(),
+                })
+                .collect();
             if let Some(layout) = ram_bytes {
                 info.ram_bytes = layout.total_bytes();
             }
             if let Some(root) = engine.verified_root() {
                 info.memory_root = Some(root.to_string());
-                info.verified = true;
+                info.verified = progress.pulled_verified.unwrap_or(true);
             }
         });
     }
@@ -626,6 +745,39 @@ impl SourceSession {
         });
         self.agent.keep_info(&self.tracked.info());
     }
+}
+
+/// Adds the pages that hold data.
+fn insert_data(ram: &dyn GuestRam, pages: &mut PageSet) -> Result<(), Failure> {
+    for region in 0..ram.regions().len() {
+        let extents = ram.data_extents(region);
+        for extent in extents.map_err(|error| failure("memory", &error))? {
+            let first = extent.start / PAGE_BYTES;
+            pages.insert(region, first..extent.end.div_ceil(PAGE_BYTES));
+        }
+    }
+    Ok(())
+}
+
+/// What a histogram of waits says; absent where nothing waited.
+fn fault_wait(log2_us: &[u64]) -> Option<FaultWait> {
+    let count: u64 = log2_us.iter().sum();
+    // Upper bound of the entry that the share of all waits falls into.
+    let below = |share: f64| {
+        let mut left = (count as f64 * share).ceil().max(1.0) as u64;
+        let entry = log2_us.iter().position(|&waits| {
+            left = left.saturating_sub(waits);
+            left == 0
+        });
+        1_u64 << entry.unwrap_or(0).min(63)
+    };
+    (count > 0).then(|| FaultWait {
+        count,
+        p50_below_us: below(0.5),
+        p99_below_us: below(0.99),
+        max_below_us: below(1.0),
+        log2_us: log2_us.to_vec(),
+    })
 }
 
 /// Opens an authenticated connection to a host of the configuration.

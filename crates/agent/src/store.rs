@@ -214,7 +214,7 @@ impl Store {
         let transaction = connection.transaction()?;
         append(&transaction, order.migration, "destination", record, order)?;
         match record {
-            DestinationRecord::Owned(epoch) => {
+            DestinationRecord::Owned(epoch) | DestinationRecord::Pulling(epoch) => {
                 transaction.execute(
                     "UPDATE vms SET incoming = 0 WHERE uuid = ?1",
                     [&order.vm.0[..]],
@@ -535,6 +535,21 @@ mod tests {
             .unwrap()
             .unwrap();
         assert_eq!(records.len(), 3);
+    }
+
+    #[test]
+    fn a_vm_that_still_needs_pages_is_owned_and_unfinished() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("palanquin.db")).unwrap();
+        let record = |record| store.record_destination(&order(1), &record).unwrap();
+        record(DestinationRecord::Reserved(order(1)));
+        store.put_vm(&vm(true)).unwrap();
+        record(DestinationRecord::Pulling(Epoch(2)));
+        let vms = store.vms().unwrap();
+        assert_eq!((vms[0].incoming, vms[0].epoch), (false, Epoch(2)));
+        assert_eq!(store.unfinished().unwrap().len(), 1);
+        record(DestinationRecord::Activated);
+        assert!(store.unfinished().unwrap().is_empty());
     }
 
     #[test]

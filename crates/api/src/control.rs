@@ -188,19 +188,55 @@ pub struct VmInfo {
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Strategy {
-    /// Chosen from the intent; pre-copy for now.
+    /// Chosen from the intent: pre-copy that leaves out what is written all the time; where that does not converge, what
+    /// [`StartMigration::allow`] names.
     #[default]
     Auto,
-    /// Pause, copy, resume: not yet.
+    /// Pause, copy, resume.
     StopAndCopy,
     /// Copy while the VM runs, in rounds.
     PreCopy,
-    /// Pre-copy that skips pages which are being rewritten: not yet.
+    /// The same in at most five rounds; pages that are written all the time wait for the last.
     Improved,
-    /// Resume first, fetch pages on fault: not yet.
+    /// Resume first, fetch pages on fault.
     PostCopy,
-    /// Pre-copy, then post-copy: not yet.
+    /// Pre-copy, then post-copy.
     Hybrid,
+}
+
+/// What a migration may do to a VM that it would not be rid of otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Allow {
+    /// Give it less CPU time for a while.
+    Throttle,
+    /// Run it on the destination before all of its pages are there: until they are, it needs both hosts.
+    PostCopy,
+}
+
+/// Why something was decided during a migration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Decision {
+    /// Rounds begun by then.
+    pub rounds: u32,
+    /// One sentence.
+    pub why: String,
+}
+
+/// How long the VM waited for pages on the destination.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaultWait {
+    /// Accesses that waited.
+    pub count: u64,
+    /// Half of them waited for less than this, in microseconds; a power of two.
+    pub p50_below_us: u64,
+    /// 99 % of them waited for less than this.
+    pub p99_below_us: u64,
+    /// All of them waited for less than this.
+    pub max_below_us: u64,
+    /// Entry `n` counts those below 2 to the power of `n` microseconds and not in an entry before.
+    pub log2_us: Vec<u64>,
 }
 
 /// How pages are made shorter before they go onto the wire. Zero pages never carry contents.
@@ -231,6 +267,9 @@ pub struct StartMigration {
     /// How the pages are moved.
     #[serde(default)]
     pub strategy: Strategy,
+    /// What may be done where strategy `auto` does not converge. Default: nothing.
+    #[serde(default)]
+    pub allow: Vec<Allow>,
     /// Longest pause aimed at, in milliseconds. 1 to 3 600 000 (1 h), default 300.
     #[serde(default)]
     pub max_downtime_ms: Option<u64>,
@@ -241,7 +280,7 @@ pub struct StartMigration {
     /// Limit of what goes onto the wire, in bytes per second. At least 100 000. Default: none.
     #[serde(default)]
     pub bandwidth_bytes_per_s: Option<u64>,
-    /// Number of data streams, 1 to 16. Default: 2.
+    /// Number of data streams, 1 to 16. Default: one for each CPU, 2 to 4.
     #[serde(default)]
     pub streams: Option<u16>,
     /// How pages are made shorter. Default: by what is measured.
@@ -315,6 +354,8 @@ pub enum Phase {
     PreCopy,
     /// The VM is paused; last pages and device state.
     Switchover,
+    /// The VM runs on the destination and gets its last pages.
+    PostCopy,
     /// The commit record is being made durable and sent.
     Committing,
     /// The end is unknown; the source redials.
@@ -405,6 +446,24 @@ pub struct MigrationInfo {
     pub pages_zero: u64,
     /// Pages sent more than once.
     pub pages_resent: u64,
+    /// Pages left out of a round because they were written again before their turn.
+    #[serde(default)]
+    pub pages_skipped: u64,
+    /// Share of its CPU time that the VM gets, where it was throttled.
+    #[serde(default)]
+    pub throttle_share: Option<f64>,
+    /// Pages that the VM waited for on the destination, and that were sent before others.
+    #[serde(default)]
+    pub pages_demanded: u64,
+    /// How long it waited, once all pages have arrived.
+    #[serde(default)]
+    pub fault_wait: Option<FaultWait>,
+    /// How often both sides connected again while the VM ran on the destination.
+    #[serde(default)]
+    pub rejoined: u32,
+    /// What was decided on the way and why, oldest first.
+    #[serde(default)]
+    pub decisions: Vec<Decision>,
     /// Bytes of guest RAM.
     pub ram_bytes: u64,
     /// Data streams.
@@ -415,7 +474,7 @@ pub struct MigrationInfo {
     pub key_exchange: Option<String>,
     /// Root over the digests of all pages, lowercase hex.
     pub memory_root: Option<String>,
-    /// Whether source and destination computed the same root.
+    /// Whether source and destination computed the same root; with post-copy also over the pages that came later.
     pub verified: bool,
     /// Epoch of the VM once this migration completes.
     pub epoch: u64,

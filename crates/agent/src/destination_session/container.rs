@@ -2,15 +2,17 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
 use palanquin_engine::destination::{DestinationDone, Op};
-use palanquin_engine::message::{Offer, Reason, Seal, WireBlocker};
+use palanquin_engine::message::{Complete, Offer, Reason, Seal, WireBlocker};
 use palanquin_engine::order::Order;
 use palanquin_engine::pages::PAGE_BYTES;
 use palanquin_engine::source::Failure;
+use palanquin_engine::strategy::PostCopyUse;
 use palanquin_host::vm::{Descriptor, GuestRam, Obstacle, PrepareError, RunState, Vm};
 use tracing::debug;
 
@@ -19,6 +21,7 @@ use crate::agent::Agent;
 use crate::data_receive::Shared;
 use crate::source_session::chain;
 use crate::store::StoredVm;
+use crate::waiting::{Asking, ChannelSlot, Waiting};
 
 /// Longest wait for the rest of a device state that was sealed already.
 const STATE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -26,7 +29,10 @@ const STATE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Something to do with the container.
 pub(super) enum ContainerJob {
     Reserve(Op, Box<Offer>),
-    Load(Op, Seal, Arc<Shared>),
+    /// Load the device state; where there is a slot, for a VM that waits for pages which are not here.
+    Load(Op, Seal, Arc<Shared>, ChannelSlot),
+    /// Let nothing wait for pages any more.
+    EndPulling(Op, Arc<Shared>, bool),
     Activate(Op),
     Terminate(Op),
 }
@@ -40,20 +46,30 @@ struct Work {
     agent: Arc<Agent>,
     order: Order,
     vm: Option<Arc<dyn Vm>>,
+    asking: Option<Asking>,
     events: Sender<DestinationEvent>,
+}
+
+/// What a container turned out to be.
+struct Container {
+    vm: Arc<dyn Vm>,
+    ram: Arc<dyn GuestRam>,
+    post_copy: bool,
 }
 
 impl ContainerWorker {
     pub(super) fn start(
         agent: &Arc<Agent>,
         order: &Order,
+        vm: Option<Arc<dyn Vm>>,
         events: Sender<DestinationEvent>,
     ) -> io::Result<Self> {
         let (jobs, receiver) = channel();
         let work = Work {
             agent: Arc::clone(agent),
             order: order.clone(),
-            vm: None,
+            vm,
+            asking: None,
             events,
         };
         thread::Builder::new()
@@ -66,6 +82,44 @@ impl ContainerWorker {
         // The thread lives as long as this sender does.
         let _ = self.jobs.send(job);
     }
+}
+
+/// From now on accesses to pages that are not here wait, and the source is asked for them.
+pub(super) fn wait_for_pages(
+    vm: &Arc<dyn Vm>,
+    shared: &Arc<Shared>,
+    channel: &ChannelSlot,
+) -> Result<Asking, Failure> {
+    let missing = vm
+        .miss_pages()
+        .map_err(|error| failure("post-copy", &error))?;
+    let ram = Arc::clone(&shared.ram);
+    let waiting = Waiting::new(missing, ram, &shared.layout, shared.digests.seed());
+    if shared.waiting.set(waiting).is_err() {
+        return Err(Failure {
+            reason: Reason::new("internal", "pages are waited for already"),
+            vm_gone: false,
+        });
+    }
+    shared.references.store(false, Ordering::Relaxed);
+    let present = Arc::clone(shared);
+    let noted = thread::Builder::new()
+        .name("present".to_owned())
+        .spawn(move || {
+            if let Some(waiting) = present.waiting.get()
+                && let Err(error) = waiting.note_present()
+            {
+                debug!(%error, "pages that are here are not known");
+            }
+        });
+    if let Err(error) = noted {
+        debug!(%error, "pages that are here are not known");
+    }
+    let holder: Arc<Shared> = Arc::clone(shared);
+    Asking::start(holder, Arc::clone(channel)).map_err(|error| Failure {
+        reason: Reason::new("internal", format!("no thread for accesses: {error}")),
+        vm_gone: false,
+    })
 }
 
 fn failure(code: &str, error: &palanquin_host::Error) -> Failure {
@@ -116,14 +170,23 @@ impl Work {
         while let Ok(job) = jobs.recv() {
             let event = match job {
                 ContainerJob::Reserve(op, offer) => match self.reserve(&offer) {
-                    Ok(Ok((vm, ram))) => DestinationEvent::Reserved(op, vm, ram),
+                    Ok(Ok(container)) => DestinationEvent::Reserved {
+                        op,
+                        vm: container.vm,
+                        ram: container.ram,
+                        post_copy: container.post_copy,
+                    },
                     Ok(Err(blockers)) => {
                         DestinationEvent::Container(op, Ok(DestinationDone::Blocked(blockers)))
                     }
                     Err(failure) => DestinationEvent::Container(op, Err(failure)),
                 },
-                ContainerJob::Load(op, seal, shared) => {
-                    DestinationEvent::Container(op, self.load(&seal, &shared))
+                ContainerJob::Load(op, seal, shared, channel) => {
+                    DestinationEvent::Container(op, self.load(&seal, &shared, &channel))
+                }
+                ContainerJob::EndPulling(op, shared, comparable) => {
+                    let result = self.end_pulling(&shared, comparable);
+                    DestinationEvent::Container(op, result)
                 }
                 ContainerJob::Activate(op) => DestinationEvent::Container(op, self.activate()),
                 ContainerJob::Terminate(op) => DestinationEvent::Container(op, self.terminate()),
@@ -134,14 +197,8 @@ impl Work {
         }
     }
 
-    #[expect(
-        clippy::type_complexity,
-        reason = "container, or blockers, or a failure: used once"
-    )]
-    fn reserve(
-        &mut self,
-        offer: &Offer,
-    ) -> Result<Result<(Arc<dyn Vm>, Arc<dyn GuestRam>), Vec<WireBlocker>>, Failure> {
+    /// Starts a container, or says why there can be none.
+    fn reserve(&mut self, offer: &Offer) -> Result<Result<Container, Vec<WireBlocker>>, Failure> {
         let descriptor = match descriptor_of(offer) {
             Ok(descriptor) => descriptor,
             Err(blocker) => return Ok(Err(vec![blocker])),
@@ -178,7 +235,16 @@ impl Work {
                 reason: Reason::new("journal", chain(&error)),
                 vm_gone: false,
             })?;
-        Ok(Ok((vm, ram)))
+        let mut post_copy = offer.post_copy != PostCopyUse::No;
+        if post_copy {
+            let obstacles = vm.post_copy_obstacles();
+            let obstacles = obstacles.map_err(|error| failure("container", &error))?;
+            post_copy = obstacles.is_empty();
+            if !post_copy && offer.post_copy == PostCopyUse::Required {
+                return Ok(Err(obstacles.iter().map(wire_blocker).collect()));
+            }
+        }
+        Ok(Ok(Container { vm, ram, post_copy }))
     }
 
     fn vm(&self) -> Result<&Arc<dyn Vm>, Failure> {
@@ -188,7 +254,16 @@ impl Work {
         })
     }
 
-    fn load(&self, seal: &Seal, shared: &Shared) -> Result<DestinationDone, Failure> {
+    fn load(
+        &mut self,
+        seal: &Seal,
+        shared: &Arc<Shared>,
+        channel: &ChannelSlot,
+    ) -> Result<DestinationDone, Failure> {
+        if seal.post_copy {
+            // Before the devices look into guest memory.
+            self.asking = Some(wait_for_pages(self.vm()?, shared, channel)?);
+        }
         let state = shared
             .device_state
             .take(seal, STATE_TIMEOUT)
@@ -202,9 +277,30 @@ impl Work {
         Ok(DestinationDone::Done)
     }
 
+    fn end_pulling(
+        &mut self,
+        shared: &Arc<Shared>,
+        comparable: bool,
+    ) -> Result<DestinationDone, Failure> {
+        let waiting = shared.waiting.get().ok_or_else(|| Failure {
+            reason: Reason::new("internal", "nothing waits for pages"),
+            vm_gone: false,
+        })?;
+        waiting
+            .finish()
+            .map_err(|error| failure("post-copy", &error))?;
+        self.asking = None;
+        Ok(DestinationDone::Pulled(Complete {
+            root: comparable.then(|| waiting.digests().root()),
+            fault_wait_log2_us: waiting.waits_log2_us(),
+        }))
+    }
+
     fn activate(&self) -> Result<DestinationDone, Failure> {
         let vm = self.vm()?;
-        if self.order.run {
+        // After a restart it may run already.
+        let state = vm.run_state().map_err(|error| failure("resume", &error))?;
+        if self.order.run && state != RunState::Running {
             vm.resume().map_err(|error| failure("resume", &error))?;
         }
         debug_assert!(!matches!(vm.run_state(), Ok(RunState::Incoming)));

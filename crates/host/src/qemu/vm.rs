@@ -214,6 +214,25 @@ fn private_ram(message: String) -> Obstacle {
     )
 }
 
+/// Where the kernel gives out huge pages for shared memory by itself, a page that arrives brings its neighbours in as
+/// zeros: they would not be missed, and the guest would read zeros (Documentation/admin-guide/mm/transhuge.rst, "Hugepages
+/// in tmpfs/shmem"). With `advise` only accesses through QEMU's mapping do, and those wait.
+fn shmem_huge_pages() -> Option<Obstacle> {
+    let setting = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    let text = fs::read_to_string(setting).ok()?;
+    let gives_out = ["[always]", "[within_size]", "[force]"];
+    gives_out.iter().any(|word| text.contains(word)).then(|| {
+        obstacle(
+            "post-copy-huge-pages",
+            format!(
+                "the kernel gives out huge pages for shared memory ({})",
+                text.trim()
+            ),
+            "Write `advise` or `never` to /sys/kernel/mm/transparent_hugepage/shmem_enabled.",
+        )
+    })
+}
+
 fn huge_pages(region: &str) -> Obstacle {
     obstacle(
         "post-copy-huge-pages",
@@ -363,6 +382,7 @@ impl Vm for QemuVm {
             obstacles.extend(huge);
             return Ok(obstacles);
         }
+        obstacles.extend(shmem_huge_pages());
         // The proof that it works is to do it.
         match self.or_gone(QemuMissing::probe(&self.process, &self.monitor, &ram)) {
             Ok(()) => {}

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use palanquin_api::control::{Compress, OperatorAssertion, Strategy};
+use palanquin_api::control::{Allow, Compress, OperatorAssertion, Strategy};
 use palanquin_api::size::{Bandwidth, HumanDuration};
 
 /// Moves running VMs between hosts, encrypted, so that each lives exactly once
@@ -139,9 +139,13 @@ pub(crate) struct Migrate {
     /// Destination host
     #[arg(long, value_name = "HOST")]
     pub(crate) to: String,
-    /// How the pages are moved; auto is pre-copy for now, the others are not there yet
+    /// How the pages are moved; auto is pre-copy that spares pages which are written all the time, and then what --allow
+    /// names
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) strategy: StrategyArg,
+    /// What auto may do where it does not converge: slow the VM down, or run it before all of its pages are there
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "WHAT")]
+    pub(crate) allow: Vec<AllowArg>,
     /// Longest pause aimed at, 1ms to 1h
     #[arg(long, default_value = "300ms")]
     pub(crate) max_downtime: HumanDuration,
@@ -151,7 +155,7 @@ pub(crate) struct Migrate {
     /// Limit of what goes onto the wire, as in 1gbit or 100MiB/s
     #[arg(long)]
     pub(crate) bandwidth: Option<Bandwidth>,
-    /// Data streams, 1 to 16 [default: 2]
+    /// Data streams, 1 to 16 [default: one for each CPU, 2 to 4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=16))]
     pub(crate) streams: Option<u16>,
     /// How pages are made shorter; auto measures whether the link or the CPU is the bottleneck
@@ -170,6 +174,21 @@ pub(crate) enum StrategyArg {
     Improved,
     PostCopy,
     Hybrid,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum AllowArg {
+    Throttle,
+    PostCopy,
+}
+
+impl From<AllowArg> for Allow {
+    fn from(arg: AllowArg) -> Self {
+        match arg {
+            AllowArg::Throttle => Self::Throttle,
+            AllowArg::PostCopy => Self::PostCopy,
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]

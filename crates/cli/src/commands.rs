@@ -148,6 +148,7 @@ async fn start(client: &Client, arguments: Migrate, json: bool) -> Result<(), Fa
         vm: arguments.vm,
         to: arguments.to,
         strategy: arguments.strategy.into(),
+        allow: arguments.allow.into_iter().map(Into::into).collect(),
         max_downtime_ms: Some(arguments.max_downtime.as_millis()),
         deadline_ms: Some(arguments.deadline.as_millis()),
         bandwidth_bytes_per_s: arguments.bandwidth.map(Bandwidth::bytes_per_s),

@@ -70,6 +70,7 @@ pub(crate) fn phase(phase: Phase) -> &'static str {
         Phase::Reserving => "reserving",
         Phase::PreCopy => "pre-copy",
         Phase::Switchover => "switchover",
+        Phase::PostCopy => "post-copy, runs on the destination",
         Phase::Committing => "committing",
         Phase::InDoubt => "in doubt",
         Phase::Erasing => "finishing",
@@ -247,6 +248,9 @@ pub(crate) fn migration(info: &MigrationInfo) -> String {
         ("  saved", bytes(info.bytes_saved)),
         ("pages zero", repeated(info.pages_zero)),
         ("pages resent", repeated(info.pages_resent)),
+    ]);
+    pairs.extend(on_the_way(info));
+    pairs.extend([
         ("memory", bytes(info.ram_bytes)),
         ("streams", info.streams.to_string()),
         (
@@ -277,6 +281,38 @@ pub(crate) fn migration(info: &MigrationInfo) -> String {
         ("epoch", info.epoch.to_string()),
     ]);
     list(&pairs)
+}
+
+/// What not every migration has.
+fn on_the_way(info: &MigrationInfo) -> Vec<(&'static str, String)> {
+    let mut pairs = Vec::new();
+    if info.pages_skipped > 0 {
+        pairs.push(("pages skipped", info.pages_skipped.to_string()));
+    }
+    if let Some(share) = info.throttle_share.filter(|share| *share < 1.0) {
+        pairs.push((
+            "throttled to",
+            format!("{:.0} % of its CPU time", share * 100.0),
+        ));
+    }
+    if info.pages_demanded > 0 {
+        pairs.push(("pages asked for", info.pages_demanded.to_string()));
+    }
+    if let Some(wait) = &info.fault_wait {
+        let text = format!(
+            "{} accesses, half below {} us, 99 % below {} us, all below {} us",
+            wait.count, wait.p50_below_us, wait.p99_below_us, wait.max_below_us
+        );
+        pairs.push(("waits for pages", text));
+    }
+    if info.rejoined > 0 {
+        pairs.push(("reconnected", count(info.rejoined.into(), "time", "times")));
+    }
+    for decision in &info.decisions {
+        let after = count(decision.rounds.into(), "round", "rounds");
+        pairs.push(("decided", format!("after {after}: {}", decision.why)));
+    }
+    pairs
 }
 
 fn strategy(info: &MigrationInfo) -> String {

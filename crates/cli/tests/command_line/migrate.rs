@@ -25,7 +25,12 @@ pub(crate) fn info(changes: &Value) -> Value {
         "pages_resent": 0, "ram_bytes": 1_610_612_736_u64, "streams": 2, "cipher": null,
         "key_exchange": null, "memory_root": null, "verified": false, "epoch": 2, "revision": 1,
     });
-    for (key, value) in changes.as_object().unwrap() {
+    let later = json!({
+        "pages_skipped": 0, "throttle_share": null, "pages_demanded": 0, "fault_wait": null, "rejoined": 0,
+        "decisions": [],
+    });
+    let objects = [&later, changes].map(|object| object.as_object().unwrap());
+    for (key, value) in objects.into_iter().flatten() {
         info[key] = value.clone();
     }
     info
@@ -99,7 +104,7 @@ fn a_migration_is_told_phase_by_phase_and_summed_up() {
     assert_eq!(
         request,
         json!({"vm": "web", "to": "beta", "strategy": "auto", "max_downtime_ms": 300, "deadline_ms": 600_000,
-               "bandwidth_bytes_per_s": null, "streams": null, "compress": "auto"})
+               "bandwidth_bytes_per_s": null, "streams": null, "allow": [], "compress": "auto"})
     );
 }
 
@@ -114,7 +119,7 @@ fn options_reach_the_agent_in_its_units() {
     assert_eq!(
         agent.wait_for(START, 1),
         json!({"vm": "web", "to": "beta", "strategy": "pre-copy", "max_downtime_ms": 50, "deadline_ms": 3_600_000,
-               "bandwidth_bytes_per_s": 100_000_000, "streams": 4, "compress": "zstd"})
+               "bandwidth_bytes_per_s": 100_000_000, "streams": 4, "allow": [], "compress": "zstd"})
     );
 }
 

@@ -69,11 +69,12 @@ impl Namespace {
     }
 
     /// A command that will run in it, in a process group of its own, so that an interrupt of the terminal does not
-    /// reach it before we have cleaned up.
+    /// reach it before we have cleaned up. Only its network is another: `ip netns exec` would hide the control groups.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
-        let mut command = Command::new("ip");
+        let mut command = Command::new("nsenter");
         command
-            .args(["netns", "exec", self.name.as_str()])
+            .arg(format!("--net=/run/netns/{}", self.name))
+            .arg("--")
             .arg(program);
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
         command

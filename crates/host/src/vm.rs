@@ -205,6 +205,9 @@ pub trait Vm: Send + Sync {
     /// State of CPUs and devices of a paused VM; `limit_bytes` bounds it.
     fn save_device_state(&self, limit_bytes: u64) -> Result<Vec<u8>, Error>;
 
+    /// Makes ready what `load_device_state` needs, so that the pause is shorter. For an incoming container; idempotent.
+    fn prepare_to_load(&self) -> Result<(), Error>;
+
     /// Loads the state into an incoming container; the VM stays paused. Before that RAM must be complete, or
     /// what is not must be missing and served ([`Vm::miss_pages`]) while this runs.
     fn load_device_state(&self, state: &[u8]) -> Result<(), Error>;

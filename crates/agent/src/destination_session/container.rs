@@ -244,6 +244,8 @@ impl Work {
                 return Ok(Err(obstacles.iter().map(wire_blocker).collect()));
             }
         }
+        vm.prepare_to_load()
+            .map_err(|error| failure("container", &error))?;
         Ok(Ok(Container { vm, ram, post_copy }))
     }
 

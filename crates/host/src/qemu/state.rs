@@ -19,7 +19,8 @@ use crate::wait::readable;
 /// Longest time for a whole save or load.
 const DEADLINE: Duration = Duration::from_secs(30);
 /// Between two looks at QEMU's progress: it tells completion by an event only when asked at start.
-const POLL: Duration = Duration::from_millis(1);
+/// The VM stands still meanwhile, so it is asked often; an answer takes about as long.
+const POLL: Duration = Duration::from_micros(200);
 
 /// What QEMU calls our socket.
 const SOCKET: &str = "palanquin-state";
@@ -145,17 +146,28 @@ fn read_until_end(
     }
 }
 
-/// Loads the state into a waiting container.
-pub(crate) fn load(process: &Process, monitor: &Monitor, state: &[u8]) -> Result<(), Error> {
-    let deadline = Instant::now() + DEADLINE;
+/// Lets a container wait for its state on a connection; gives our end of it. It is in no hurry, and takes two answers of
+/// QEMU that need not be waited for later.
+pub(crate) fn await_state(monitor: &Monitor) -> Result<UnixStream, Error> {
     let incoming: Value = serde_json::json!({ "uri": uri() });
     let command: qmp::migrate_incoming =
         serde_json::from_value(incoming).map_err(|e| Error::Answer {
             command: "migrate-incoming",
             problem: e.to_string(),
         })?;
-    let mut stream = connection(monitor)?;
+    let stream = connection(monitor)?;
     monitor.execute_value(&command)?;
+    Ok(stream)
+}
+
+/// Loads the state into a container that waits for it.
+pub(crate) fn load(
+    process: &Process,
+    monitor: &Monitor,
+    mut stream: UnixStream,
+    state: &[u8],
+) -> Result<(), Error> {
+    let deadline = Instant::now() + DEADLINE;
     stream
         .set_write_timeout(Some(DEADLINE))
         .map_err(Error::io("sending the device state"))?;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -39,6 +40,8 @@ pub(crate) struct QemuVm {
     pub(crate) monitor: Monitor,
     dir: PathBuf,
     ram: Mutex<Option<Arc<QemuRam>>>,
+    /// Where a container waits for its state.
+    incoming: Mutex<Option<UnixStream>>,
 }
 
 impl QemuVm {
@@ -49,6 +52,7 @@ impl QemuVm {
             monitor,
             dir: dir.to_owned(),
             ram: Mutex::new(None),
+            incoming: Mutex::new(None),
         }
     }
 
@@ -466,8 +470,22 @@ impl Vm for QemuVm {
         self.or_gone(saved)
     }
 
+    fn prepare_to_load(&self) -> Result<(), Error> {
+        let mut incoming = self.incoming.lock().unwrap_or_else(PoisonError::into_inner);
+        if incoming.is_none() {
+            *incoming = Some(self.or_gone(state::await_state(&self.monitor))?);
+        }
+        Ok(())
+    }
+
     fn load_device_state(&self, device_state: &[u8]) -> Result<(), Error> {
-        let loaded = state::load(&self.process, &self.monitor, device_state);
+        self.prepare_to_load()?;
+        let mut incoming = self.incoming.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(stream) = incoming.take() else {
+            return Err(Error::DeviceState("nothing waits for it".to_owned()));
+        };
+        drop(incoming);
+        let loaded = state::load(&self.process, &self.monitor, stream, device_state);
         self.or_gone(loaded)
     }
 

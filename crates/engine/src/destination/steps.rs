@@ -55,9 +55,10 @@ impl Destination {
             root: None,
         };
         self.actions
-            .push_back(DestinationAction::ComputeRoot(root_op));
-        self.actions
             .push_back(DestinationAction::LoadDeviceState(load, seal));
+        // Last, because it takes milliseconds.
+        self.actions
+            .push_back(DestinationAction::ComputeRoot(root_op));
     }
 
     pub(super) fn ready(&mut self, now: Time) {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! Ordering ─▶ Connecting ─▶ Greeting ─▶ Offering ─▶ OpeningStreams ─▶ Arming
-//!    ─▶ Collecting ⇄ Sending | Calm ─▶ Pausing ─▶ Draining ─▶ Sealing ─▶ AwaitReady
+//!    ─▶ Collecting ⇄ Sending | Calm ─▶ Pausing ─▶ Draining ─▶ AwaitReady
 //!    ─▶ Committing ═▶ AwaitRunning ─▶ Releasing ─▶ Erasing ─▶ Closing ─▶ Ended
 //!                          │  ▲
 //!                          ▼  │ verdict
@@ -216,10 +216,9 @@ impl Source {
             State::Arming(_) | State::Collecting(_) | State::Sending(_) | State::Calm => {
                 SourcePhase::PreCopy
             }
-            State::Pausing { .. }
-            | State::Draining(_)
-            | State::Sealing { .. }
-            | State::AwaitReady { .. } => SourcePhase::Switchover,
+            State::Pausing { .. } | State::Draining(_) | State::AwaitReady { .. } => {
+                SourcePhase::Switchover
+            }
             State::Committing(_) | State::AwaitRunning => SourcePhase::Committing,
             State::Serving | State::Rejoining { .. } | State::Verifying { .. } => {
                 SourcePhase::PostCopy
@@ -486,7 +485,6 @@ impl Source {
                 | State::Sending(_)
                 | State::Pausing { .. }
                 | State::Draining(_)
-                | State::Sealing { .. }
                 | State::AwaitReady { .. },
                 Message::RoundReceived(round),
             ) => {
@@ -524,8 +522,7 @@ impl Source {
                 self.release(epoch);
             }
             (
-                State::Sealing { .. }
-                | State::AwaitReady { .. }
+                State::AwaitReady { .. }
                 | State::Committing(_)
                 | State::AwaitRunning
                 | State::Serving
@@ -640,15 +637,6 @@ impl Source {
                 self.paused(now);
             }
             (State::Draining(_), done) => self.drained(now, op, done),
-            (State::Sealing { send, .. }, SourceDone::Done) if *send == Some(op) => {
-                *send = None;
-                self.sealed(now);
-            }
-            (State::Sealing { root_op, root, .. }, SourceDone::Root(computed))
-                if *root_op == op =>
-            {
-                *root = Some(computed);
-            }
             (State::AwaitReady { root_op, root, .. }, SourceDone::Root(computed))
                 if *root_op == op =>
             {

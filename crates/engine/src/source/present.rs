@@ -75,10 +75,9 @@ impl Source {
                         DrainingPages::Sent => false,
                     }
             }
-            State::Sealing { send, root_op, .. } => {
-                *send == Some(op) || *root_op == op || self.is_post_copy(op)
+            State::AwaitReady { send, root_op, .. } => {
+                *send == op || *root_op == op || self.is_post_copy(op)
             }
-            State::AwaitReady { root_op, .. } => *root_op == op || self.is_post_copy(op),
             _ => false,
         }
     }

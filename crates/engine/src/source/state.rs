@@ -2,7 +2,7 @@
 
 use super::action::Op;
 use crate::ids::{Root, Sha256};
-use crate::message::{Demand, Seal};
+use crate::message::Demand;
 use crate::pages::PageSet;
 use crate::time::Time;
 
@@ -29,13 +29,8 @@ pub(super) enum State {
         post_copy: bool,
     },
     Draining(Draining),
-    Sealing {
-        send: Option<Op>,
-        root_op: Op,
-        root: Option<Root>,
-        seal: Seal,
-    },
     AwaitReady {
+        send: Op,
         root_op: Op,
         root: Option<Root>,
         theirs: Option<Root>,

@@ -329,32 +329,16 @@ impl Source {
             device_state_sha256: sha256,
             post_copy: self.post_copy.is_some(),
         };
-        self.state = State::Sealing {
-            send: Some(send),
+        self.state = State::AwaitReady {
+            send,
             root_op,
             root: None,
-            seal,
-        };
-        self.actions.push_back(SourceAction::SendDeviceState(send));
-        self.actions.push_back(SourceAction::ComputeRoot(root_op));
-    }
-
-    pub(super) fn sealed(&mut self, now: Time) {
-        let State::Sealing {
-            root_op,
-            root,
-            seal,
-            ..
-        } = std::mem::replace(&mut self.state, State::Ended)
-        else {
-            return;
-        };
-        self.state = State::AwaitReady {
-            root_op,
-            root,
             theirs: None,
         };
+        self.actions.push_back(SourceAction::SendDeviceState(send));
         self.send(now, Message::Seal(seal));
+        // Last, because it takes milliseconds, and the destination loads meanwhile.
+        self.actions.push_back(SourceAction::ComputeRoot(root_op));
     }
 
     pub(super) fn compare(&mut self, now: Time) {

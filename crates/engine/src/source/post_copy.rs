@@ -212,7 +212,6 @@ impl Source {
             post_copy.runs = true;
         }
         self.redials = 0;
-        self.progress.rejoined += 1;
         self.deadline = Some(now + self.config.timing.handshake);
         self.state = State::Rejoining {
             open: Some(open),
@@ -267,6 +266,7 @@ impl Source {
             post_copy.rest.subtract(&present);
         }
         self.reason = None;
+        self.progress.rejoined += 1;
         self.note("connected again; going on with the pages that are missing");
         self.state = State::Serving;
         for demand in demands {

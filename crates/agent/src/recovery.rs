@@ -273,40 +273,32 @@ pub fn discard(agent: &Arc<Agent>, order: &Order) {
 /// Resumes a VM that this host owns and that was not resumed, or not known to be.
 fn activate(agent: &Arc<Agent>, order: &Order) {
     info!(migration = %order.migration, "the VM is ours");
-    let entry = entry_of(agent, order);
-    let mut reason = None;
-    match entry.as_ref().and_then(|entry| entry.vm.as_ref()) {
-        Some(vm) => {
-            let paused = vm.run_state().is_ok_and(|state| state == RunState::Paused);
-            if paused
-                && order.run
-                && let Err(problem) = vm.resume()
-            {
-                error!(
-                    problem = chain(&problem),
-                    "the VM cannot be resumed; it stays paused here"
-                );
-                // Not recorded as activated: the next start tries again.
-                return;
+    // A hypervisor that is only busy is no hypervisor that has ended: the VM would stay paused for ever.
+    persist(agent, order, |agent, order| {
+        if let Some((vm, _)) = find(agent, order)? {
+            let failed = |problem| Reason::new("resume", chain(&problem));
+            if order.run && vm.run_state().map_err(failed)? == RunState::Paused {
+                vm.resume().map_err(failed)?;
             }
-        }
-        None => {
+            activated(agent, order, None);
+        } else {
             let what = "its hypervisor ended on the destination while the agent was away";
-            reason = Some(Reason::new("vm-ended", what));
+            activated(agent, order, Some(&Reason::new("vm-ended", what)));
         }
-    }
-    if let Err(problem) = agent
-        .store
-        .record_destination(order, &DestinationRecord::Activated)
-    {
+        Ok(())
+    });
+}
+
+fn activated(agent: &Arc<Agent>, order: &Order, ended: Option<&Reason>) {
+    let record = DestinationRecord::Activated;
+    if let Err(problem) = agent.store.record_destination(order, &record) {
         error!(problem = chain(&problem), "the activation is not recorded");
     }
-    let outcome = if reason.is_some() {
-        Outcome::VmEnded
-    } else {
-        Outcome::Completed
+    let outcome = match ended {
+        Some(_) => Outcome::VmEnded,
+        None => Outcome::Completed,
     };
-    done(agent, order, outcome, reason.as_ref());
+    done(agent, order, outcome, ended);
 }
 
 fn done(agent: &Arc<Agent>, order: &Order, outcome: Outcome, reason: Option<&Reason>) {

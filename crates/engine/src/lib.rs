@@ -30,6 +30,17 @@
 //! Erased           ───────────────────▶
 //! ```
 //!
+//! Under post-copy the seal says so, and from then on:
+//!
+//! ```text
+//!                  ◀───────────────────    Demand: a page that is waited for
+//! pages            ═══════════════════▶
+//!                  ◀───────────────────    Running (journal Pulling, not Owned)
+//! all other pages  ═══════════════════▶    journal Activated
+//!                  ◀───────────────────    Complete
+//! journal Released, erase
+//! ```
+//!
 //! After a lost connection a source that has committed sends `Query` on a new one and gets a `Verdict`.
 #![forbid(unsafe_code)]
 

@@ -1,6 +1,6 @@
 //! The command line from outside: what it asks the agent, what it prints, what it ends with.
 #![forbid(unsafe_code)]
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod agent;
 mod certificates;

@@ -29,7 +29,7 @@ pub struct DestinationConfig {
 pub enum DestinationAction {
     /// Send on the connection.
     Send(Message),
-    /// Look up what is known about this order; answer with [`Destination::handle_ledger`].
+    /// Look up what is known about this order; answer with [`Destination::handle_ledger`](super::Destination::handle_ledger).
     ConsultLedger(Order),
     /// Make durable, then report.
     Journal(Op, DestinationRecord),

@@ -34,7 +34,8 @@ pub struct SourceConfig {
 /// executed one at a time and in order; so are journal records.
 #[derive(Clone, Debug, PartialEq)]
 pub enum SourceAction {
-    /// Dial the destination; answer with [`Source::handle_connected`] or [`Source::handle_connection_lost`]
+    /// Dial the destination; answer with [`handle_connected`](super::Source::handle_connected) or
+    /// [`handle_connection_lost`](super::Source::handle_connection_lost)
     /// for this attempt.
     Connect {
         /// Names the connection in what is reported about it.
@@ -71,7 +72,7 @@ pub enum SourceAction {
     /// Report all pages that hold data. The VM is paused.
     FindData(Op),
     /// Give the VM this share of its CPU time; 1 is all of it. Failures are told with
-    /// [`Source::handle_throttle_failed`].
+    /// [`handle_throttle_failed`](super::Source::handle_throttle_failed).
     Throttle(f64),
     /// Send these pages on the streams; behind the last of them mark the end of the round where asked to.
     SendPages {

@@ -61,7 +61,8 @@ impl Qemu {
             if qemu.process.ended()?.is_some() {
                 bail!("it ended: {}", fs::read_to_string(&log)?);
             }
-            Ok(qemu.qmp_path().exists())
+            // The file is there a moment before anybody listens.
+            Ok(UnixStream::connect(qemu.qmp_path()).is_ok())
         })?;
         Ok(qemu)
     }

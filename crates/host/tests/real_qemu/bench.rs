@@ -1,6 +1,7 @@
 //! A place for QEMUs with the boot sector, and what to look at.
 
 use std::ops::Range;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -86,6 +87,11 @@ pub(crate) fn wait_for(what: &str, seconds: u64, mut check: impl FnMut() -> bool
         );
         let _ = receiver.recv_timeout(Duration::from_millis(20));
     }
+}
+
+/// Whether somebody answers at `socket`: its file is there a moment before anybody listens.
+pub(crate) fn listens(socket: &Path) -> bool {
+    UnixStream::connect(socket).is_ok()
 }
 
 pub(crate) fn sweeps(dir: &Path) -> usize {

@@ -4,7 +4,7 @@ use std::process::Command;
 
 use palanquin_host::vm::{Accel, Hypervisor};
 
-use crate::bench::{Bench, Guard, QEMU, sweeps, wait_for};
+use crate::bench::{Bench, Guard, QEMU, listens, sweeps, wait_for};
 
 #[test]
 fn a_source_resumes_after_its_state_was_saved() {
@@ -56,7 +56,7 @@ fn an_adopted_vm_is_found_again_by_its_handle_and_a_reused_one_is_not() {
         .spawn()
         .unwrap();
     let pid = child.id();
-    wait_for("the socket", 20, || qmp.exists());
+    wait_for("the socket", 20, || listens(&qmp));
     let vm = Guard(bench.qemu.adopt(pid, &qmp, &dir).unwrap());
     drop(child);
     let descriptor = vm.0.describe().unwrap();
@@ -108,7 +108,7 @@ fn private_ram_and_missing_memory_are_named() {
         .spawn()
         .unwrap();
     let pid = child.id();
-    wait_for("the socket", 20, || qmp.exists());
+    wait_for("the socket", 20, || listens(&qmp));
     let vm = Guard(bench.qemu.adopt(pid, &qmp, &dir).unwrap());
     drop(child);
     let codes: Vec<String> =
@@ -257,7 +257,7 @@ fn a_disk_that_is_read_past_the_page_cache_is_named() {
         .stdin(std::process::Stdio::null())
         .spawn()
         .unwrap();
-    wait_for("the socket", 20, || qmp.exists());
+    wait_for("the socket", 20, || listens(&qmp));
     let vm = Guard(bench.qemu.adopt(child.id(), &qmp, &dir).unwrap());
     drop(child);
     let found = vm.0.obstacles().unwrap();

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use palanquin_host::vm::{Accel, Hypervisor, RunState};
 
-use crate::bench::{Bench, Guard, copy, data_pages, different_pages, sweeps, wait_for};
+use crate::bench::{Bench, Guard, copy, data_pages, different_pages, listens, sweeps, wait_for};
 
 fn migrate(accel: Accel, sizes: Vec<u64>) {
     let bench = Bench::new();
@@ -131,7 +131,7 @@ fn memory_in_huge_pages_is_copied() {
         .stdin(std::process::Stdio::null())
         .spawn()
         .unwrap();
-    wait_for("the socket", 20, || qmp.exists());
+    wait_for("the socket", 20, || listens(&qmp));
     let source = Guard(bench.qemu.adopt(child.id(), &qmp, &dir).unwrap());
     drop(child);
     copy_over(&bench, &source, &dir);

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use palanquin_host::qemu::Qemu;
 use palanquin_host::vm::{Accel, GuestRam, Handle, Hypervisor, MissingPages, RunState};
 
-use crate::bench::{Bench, Guard, QEMU, data_pages, memory, sweeps, wait_for};
+use crate::bench::{Bench, Guard, QEMU, data_pages, listens, memory, sweeps, wait_for};
 
 const PAGE: usize = 4096;
 /// What the boot sector rewrites: 1 MiB to 64 MiB.
@@ -287,7 +287,7 @@ fn the_kernel_waits_for_pages_on_behalf_of_a_qemu_without_privileges() {
         .gid(65534)
         .spawn()
         .unwrap();
-    wait_for("the socket", 20, || qmp.exists());
+    wait_for("the socket", 20, || listens(&qmp));
     let vm = bench.qemu.adopt(child.id(), &qmp, &bench.path("a"));
     let vm = Guard(vm.unwrap());
     drop(child);
@@ -323,7 +323,7 @@ fn huge_pages_are_an_obstacle() {
         .stdin(Stdio::null())
         .spawn()
         .unwrap();
-    wait_for("the socket", 20, || qmp.exists());
+    wait_for("the socket", 20, || listens(&qmp));
     let vm = bench.qemu.adopt(child.id(), &qmp, &bench.path("a"));
     let vm = Guard(vm.unwrap());
     drop(child);

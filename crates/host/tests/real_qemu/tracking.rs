@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use palanquin_host::qemu::Qemu;
 use palanquin_host::vm::{Accel, Hypervisor, Vm, WriteTracker};
 
-use crate::bench::{Bench, Guard, QEMU, sweeps, wait_for};
+use crate::bench::{Bench, Guard, QEMU, listens, sweeps, wait_for};
 
 fn written(tracker: &mut dyn WriteTracker) -> BTreeSet<u64> {
     let mut pages = BTreeSet::new();
@@ -160,7 +160,7 @@ fn a_qemu_without_privileges_is_followed_too() {
         .gid(65534)
         .spawn()
         .unwrap();
-    wait_for("the socket", 20, || qmp.exists());
+    wait_for("the socket", 20, || listens(&qmp));
     let vm = Guard(
         bench
             .qemu

@@ -4,16 +4,15 @@ use std::io::{self, BufRead, Read};
 use std::net::TcpStream;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, OnceLock};
 
 use palanquin_engine::frame::{Frame, FrameError, HEADER_BYTES, PAYLOAD_MAX};
-use palanquin_engine::message::Seal;
 use palanquin_engine::pages::{Block, PAGE_BYTES, RamLayout};
 use palanquin_host::vm::GuestRam;
 use rustls::Connection;
 
-use crate::digest::{Digests, sha256};
+use crate::device_state::{DeviceState, DeviceStateError};
+use crate::digest::Digests;
 use crate::reduction::decode::{DecodeError, Decoder, Target};
 use crate::tls::Authenticated;
 use crate::waiting::{AsWaiting, Waiting};
@@ -42,20 +41,9 @@ pub enum ReceiveError {
     /// Frames in an order that no source sends.
     #[error("a frame came out of turn: {0}")]
     Order(&'static str),
-    /// More device state than this host accepts.
-    #[error("the device state is larger than the {0} bytes that this host accepts")]
-    DeviceStateSize(u64),
-}
-
-/// What the device state turned out to be.
-#[derive(Debug, thiserror::Error)]
-pub enum DeviceStateError {
-    /// It did not come.
-    #[error("the device state did not arrive in time")]
-    Timeout,
-    /// It is not what was sealed.
-    #[error("the device state is not the one that was sealed")]
-    Mismatch,
+    /// The device state breaks a rule.
+    #[error(transparent)]
+    DeviceState(#[from] DeviceStateError),
 }
 
 /// An authenticated stream of bytes.
@@ -142,51 +130,6 @@ impl Inbound {
     }
 }
 
-/// The device state as it arrives.
-#[derive(Default)]
-pub struct DeviceState {
-    bytes: Mutex<Vec<u8>>,
-    arrived: Condvar,
-}
-
-impl DeviceState {
-    fn push(&self, piece: &[u8], limit: u64) -> Result<(), ReceiveError> {
-        let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
-        if (bytes.len() + piece.len()) as u64 > limit {
-            return Err(ReceiveError::DeviceStateSize(limit));
-        }
-        bytes.extend_from_slice(piece);
-        self.arrived.notify_all();
-        Ok(())
-    }
-
-    /// Takes the state that was sealed, waiting for the rest of it until the time is up.
-    ///
-    /// # Errors
-    ///
-    /// It did not come, or it is another.
-    pub fn take(&self, seal: &Seal, timeout: Duration) -> Result<Vec<u8>, DeviceStateError> {
-        let deadline = Instant::now() + timeout;
-        let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
-        while (bytes.len() as u64) < seal.device_state_bytes {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(DeviceStateError::Timeout);
-            }
-            bytes = self
-                .arrived
-                .wait_timeout(bytes, left)
-                .map_or_else(|poisoned| poisoned.into_inner().0, |(bytes, _)| bytes);
-        }
-        if bytes.len() as u64 != seal.device_state_bytes
-            || sha256(&bytes) != seal.device_state_sha256
-        {
-            return Err(DeviceStateError::Mismatch);
-        }
-        Ok(std::mem::take(&mut bytes))
-    }
-}
-
 /// What the threads share.
 pub struct Shared {
     /// Guest memory.
@@ -197,8 +140,6 @@ pub struct Shared {
     pub digests: Digests,
     /// The device state.
     pub device_state: DeviceState,
-    /// Largest device state.
-    pub device_state_max: u64,
     /// Guest page bytes that arrived.
     pub guest_bytes: AtomicU64,
     /// Number of streams of the migration.
@@ -217,6 +158,11 @@ impl AsWaiting for Shared {
 
 /// What a stream tells.
 pub enum Report {
+    /// The VM is paused, and it has delivered its pages that were written until then.
+    Drained {
+        /// Whether the VM is to run here before its last pages are here.
+        post_copy: bool,
+    },
     /// It has delivered its part of the round.
     RoundEnd {
         /// The round.
@@ -224,7 +170,7 @@ pub enum Report {
         /// Whether it was the last.
         last: bool,
     },
-    /// It has delivered all of its pages that follow the device state.
+    /// It has delivered all of its pages that follow the last round.
     Pushed,
     /// It ended before its time.
     Failed(ReceiveError),
@@ -237,8 +183,9 @@ pub fn receive(inbound: &mut Inbound, index: u16, shared: &Shared, report: &dyn 
         inbound,
         index,
         shared,
-        // Pages that the VM waits for follow the device state, and so does everything after a reconnection.
+        // Pages that the VM waits for follow the last round, and so does everything after a reconnection.
         last: is_urgent || shared.waiting.get().is_some(),
+        drained: false,
         pushed: false,
         buffer: vec![0; PAYLOAD_MAX],
         decoder: Decoder::new(index.into()),
@@ -253,6 +200,7 @@ struct Stream<'a> {
     inbound: &'a mut Inbound,
     index: u16,
     shared: &'a Shared,
+    drained: bool,
     last: bool,
     pushed: bool,
     buffer: Vec<u8>,
@@ -279,15 +227,16 @@ impl Stream<'_> {
             }
             match frame {
                 Frame::DeviceState { chunk, .. } => {
-                    if self.index != 0 || !self.last || chunk != self.chunks {
+                    if self.index != 0 || self.last || chunk != self.chunks {
                         return Err(ReceiveError::Order("a piece of device state"));
                     }
                     self.chunks += 1;
-                    let limit = self.shared.device_state_max;
-                    self.shared.device_state.push(&self.buffer[..len], limit)?;
+                    self.shared.device_state.push(&self.buffer[..len])?;
                 }
-                Frame::Stale(_) if self.last => {
-                    return Err(ReceiveError::Order("stale pages behind the last round"));
+                Frame::Stale(_) | Frame::Drained { .. } if self.last || self.drained => {
+                    return Err(ReceiveError::Order(
+                        "stale pages, or the end of what was written until the pause",
+                    ));
                 }
                 _ if self.last => match self.shared.waiting.get() {
                     Some(waiting) if !self.pushed => {
@@ -303,6 +252,13 @@ impl Stream<'_> {
                     }
                 },
                 Frame::Stale(block) => self.forget(&block)?,
+                Frame::Drained { post_copy } => {
+                    self.drained = true;
+                    report(Report::Drained { post_copy });
+                }
+                Frame::RoundEnd { last, .. } if last != self.drained => {
+                    return Err(ReceiveError::Order("the end of a round"));
+                }
                 Frame::RoundEnd { round, last } => {
                     self.last = last;
                     report(Report::RoundEnd { round, last });
@@ -316,7 +272,7 @@ impl Stream<'_> {
         }
     }
 
-    /// What follows the device state: pages that may be waited for.
+    /// What follows the last round: pages that may be waited for.
     fn follow(&mut self, frame: &Frame, len: usize, waiting: &Waiting) -> Result<(), ReceiveError> {
         match frame {
             Frame::RoundEnd { .. } => self.pushed = true,

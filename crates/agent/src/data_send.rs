@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use palanquin_api::control::Compress;
 use palanquin_engine::frame::{Frame, PAYLOAD_MAX};
+use palanquin_engine::ids::Sha256;
 use palanquin_engine::pages::{Block, PAGE_BYTES, PageSet, RamLayout};
 use palanquin_engine::progress::SentCounters;
 use palanquin_engine::source::Op;
@@ -17,7 +18,7 @@ use palanquin_host::vm::GuestRam;
 use rustix::time::{ClockId, clock_gettime};
 use rustls::Connection;
 
-use crate::digest::Digests;
+use crate::digest::{Digests, Sha256Of};
 use crate::pace::Pace;
 use crate::reduction::encode::{Counts, Encoder};
 use crate::reduction::stream_of;
@@ -104,15 +105,25 @@ pub enum Job {
     },
     /// Tell that this stream's blocks of the set come anew after the device state.
     Stale(Arc<PageSet>),
-    /// Send the device state; for the first stream only.
-    DeviceState(Arc<Vec<u8>>),
+    /// Send a piece of the device state, at most [`PAYLOAD_MAX`] bytes; for the first stream only.
+    DeviceState {
+        /// Counts the pieces from 0.
+        chunk: u32,
+        /// It.
+        piece: Arc<[u8]>,
+    },
+    /// Mark that the VM is paused, and that all was sent that was written until then.
+    Drained {
+        /// Whether the VM is to run at the destination before its last pages are there.
+        post_copy: bool,
+    },
 }
 
 /// What the threads share.
 pub struct Shared {
     /// Guest memory.
     pub ram: Arc<dyn GuestRam>,
-    /// Digests of what was sent before the device state.
+    /// Digests of what was sent until the end of the last round.
     pub digests: Arc<Digests>,
     /// Digests of what was sent after it.
     pub pulled: Arc<Pulled>,
@@ -215,6 +226,8 @@ impl Senders {
                 index,
                 count,
                 encoder: Encoder::new(compress, count.max(1)),
+                // After a reconnection there are no rounds any more.
+                follows: is_urgent || !shared.references.load(Ordering::Relaxed),
             };
             let report = report.clone();
             thread::Builder::new()
@@ -233,12 +246,15 @@ impl Senders {
         self.jobs.len()
     }
 
-    /// Gives the first stream a job.
-    pub fn first(&self, op: Op, job: Job) -> usize {
-        let first = self.jobs.first();
-        first.map_or(0, |sender| {
-            let _ = sender.send((op, job));
-            1
+    /// What is written to it goes to the first stream as the device state. Reports of the pieces have this operation.
+    pub fn device_state(&self, op: Op) -> Option<DeviceStateOut> {
+        let first = self.jobs.first()?.clone();
+        Some(DeviceStateOut {
+            first,
+            op,
+            chunk: 0,
+            bytes: 0,
+            sha256: Sha256Of::default(),
         })
     }
 
@@ -259,11 +275,53 @@ impl Senders {
     }
 }
 
+/// The device state on its way to the first stream.
+pub struct DeviceStateOut {
+    first: Sender<(Op, Job)>,
+    op: Op,
+    chunk: u32,
+    bytes: u64,
+    sha256: Sha256Of,
+}
+
+impl DeviceStateOut {
+    /// Length and digest of what was written.
+    pub fn finish(self) -> (u64, Sha256) {
+        (self.bytes, self.sha256.finish())
+    }
+}
+
+impl Write for DeviceStateOut {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let piece = &bytes[..bytes.len().min(PAYLOAD_MAX)];
+        self.sha256.update(piece);
+        let job = Job::DeviceState {
+            chunk: self.chunk,
+            piece: piece.into(),
+        };
+        self.first
+            .send((self.op, job))
+            .map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
+        self.chunk = self
+            .chunk
+            .checked_add(1)
+            .ok_or(io::ErrorKind::FileTooLarge)?;
+        self.bytes += piece.len() as u64;
+        Ok(piece.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 struct Stream {
     link: Link,
     index: usize,
     count: usize,
     encoder: Encoder,
+    /// Whether what is sent follows the last round.
+    follows: bool,
 }
 
 /// An encrypted connection that keeps to the rate.
@@ -319,22 +377,25 @@ impl Stream {
             }
             Job::RoundEnd { round, last } => {
                 self.encoder.end_round();
+                self.follows |= last;
                 let frame = Frame::RoundEnd {
                     round: *round,
                     last: *last,
                 };
                 self.link.write(&[&frame.encode()])
             }
-            Job::DeviceState(state) => {
-                for (chunk, piece) in state.chunks(PAYLOAD_MAX).enumerate() {
-                    let (Ok(chunk), Ok(len)) = (u32::try_from(chunk), u32::try_from(piece.len()))
-                    else {
-                        return Err(io::Error::from(io::ErrorKind::FileTooLarge).into());
-                    };
-                    let frame = Frame::DeviceState { chunk, len };
-                    self.link.write(&[&frame.encode(), piece])?;
-                }
-                Ok(())
+            Job::Drained { post_copy } => {
+                let frame = Frame::Drained {
+                    post_copy: *post_copy,
+                };
+                self.link.write(&[&frame.encode()])
+            }
+            Job::DeviceState { chunk, piece } => {
+                let Ok(len) = u32::try_from(piece.len()) else {
+                    return Err(io::Error::from(io::ErrorKind::FileTooLarge).into());
+                };
+                let frame = Frame::DeviceState { chunk: *chunk, len };
+                self.link.write(&[&frame.encode(), piece])
             }
         }
     }
@@ -357,10 +418,10 @@ impl Stream {
             room = rest;
         }
         let shared = Arc::clone(&self.link.shared);
-        let digests = if shared.references.load(Ordering::Relaxed) {
-            &*shared.digests
-        } else {
+        let digests = if self.follows {
             shared.pulled.digests()
+        } else {
+            &*shared.digests
         };
         let encoded = self.encoder.encode(block, digests);
         let (counts, mut sent) = (encoded.counts, encoded.sent);

@@ -27,7 +27,8 @@ use tracing::{debug, info, warn};
 use self::container::{ContainerJob, ContainerWorker};
 use crate::agent::Agent;
 use crate::channel::Channel;
-use crate::data_receive::{DeviceState, Inbound, Report, Shared, receive};
+use crate::data_receive::{Inbound, Report, Shared, receive};
+use crate::device_state::DeviceState;
 use crate::digest::Digests;
 use crate::fail_point::fail_point;
 use crate::source_session::chain;
@@ -106,6 +107,9 @@ pub struct DestinationSession {
     shared: Option<Arc<Shared>>,
     sockets: Vec<TcpStream>,
     streams: usize,
+    /// What the streams said that have delivered what was written until the pause: whether the VM runs before its last
+    /// pages are here.
+    drained: Vec<bool>,
     /// Streams that have delivered the round which is being received.
     delivered: usize,
     round: u32,
@@ -147,6 +151,7 @@ impl DestinationSession {
             shared: None,
             sockets: Vec::new(),
             streams: 0,
+            drained: Vec::new(),
             delivered: 0,
             round: 0,
             began: agent.now(),
@@ -175,8 +180,7 @@ impl DestinationSession {
             ram: Arc::clone(&ram),
             digests: Digests::new(layout, 0),
             layout: layout.clone(),
-            device_state: DeviceState::default(),
-            device_state_max: agent.config.limits.device_state.bytes(),
+            device_state: DeviceState::new(agent.config.limits.device_state.bytes()),
             guest_bytes: Default::default(),
             streams: 0,
             waiting: Default::default(),
@@ -205,6 +209,7 @@ impl DestinationSession {
             shared: Some(shared),
             sockets: Vec::new(),
             streams: 0,
+            drained: Vec::new(),
             delivered: 0,
             round: 0,
             began: agent.now(),
@@ -277,6 +282,9 @@ impl DestinationSession {
                 }
             }
             DestinationEvent::Data(generation, _) if generation != self.generation => {}
+            DestinationEvent::Data(_, Report::Drained { post_copy }) => {
+                self.stream_drained(now, post_copy);
+            }
             DestinationEvent::Data(_, Report::RoundEnd { round, last }) => {
                 self.round_end(now, round, last);
             }
@@ -388,14 +396,19 @@ impl DestinationSession {
                 self.close_channel();
                 self.close_streams();
             }
-            DestinationAction::LoadDeviceState(op, seal) => match &self.shared {
+            DestinationAction::LoadDeviceState { op, post_copy } => match &self.shared {
                 Some(shared) => {
-                    let (shared, channel) = (Arc::clone(shared), Arc::clone(&self.channel));
-                    self.worker
-                        .give(ContainerJob::Load(op, seal, shared, channel));
+                    let channel = post_copy.then(|| Arc::clone(&self.channel));
+                    let shared = Arc::clone(shared);
+                    self.worker.give(ContainerJob::Load(op, shared, channel));
                 }
                 None => self.report(op, Err(missing("streams"))),
             },
+            DestinationAction::SealDeviceState(seal) => {
+                if let Some(shared) = &self.shared {
+                    shared.device_state.seal(seal);
+                }
+            }
             DestinationAction::ComputeRoot(op) => {
                 let root = self.shared.as_ref().map(|shared| shared.digests.root());
                 let result = root
@@ -409,6 +422,9 @@ impl DestinationSession {
             }
             DestinationAction::Terminate(op) => {
                 self.close_streams();
+                if let Some(shared) = &self.shared {
+                    shared.device_state.cancel();
+                }
                 self.worker.give(ContainerJob::Terminate(op));
             }
             // Taken out by the caller.
@@ -577,8 +593,7 @@ impl DestinationSession {
                 ram,
                 digests: Digests::new(&layout, self.digest_seed),
                 layout,
-                device_state: DeviceState::default(),
-                device_state_max: self.agent.config.limits.device_state.bytes(),
+                device_state: DeviceState::new(self.agent.config.limits.device_state.bytes()),
                 guest_bytes: Default::default(),
                 streams: streams.len() - usize::from(urgent),
                 waiting: Default::default(),
@@ -614,6 +629,20 @@ impl DestinationSession {
             }
         }
         Some((op, Ok(DestinationDone::Done)))
+    }
+
+    /// One more stream has delivered what was written until the pause.
+    fn stream_drained(&mut self, now: Time, post_copy: bool) {
+        self.drained.push(post_copy);
+        if self.drained.len() < self.streams {
+            return;
+        }
+        if self.drained.iter().any(|other| *other != post_copy) {
+            let reason = Reason::new("peer-misbehaved", "streams contradict each other");
+            self.engine.handle_abort(now, reason);
+            return;
+        }
+        self.engine.handle_drained(now, post_copy);
     }
 
     fn round_end(&mut self, now: Time, round: u32, last: bool) {

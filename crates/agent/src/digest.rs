@@ -104,12 +104,28 @@ impl Digests {
     }
 }
 
-/// SHA-256 of some bytes.
-pub fn sha256(bytes: &[u8]) -> Sha256 {
-    let digest = aws_lc_rs::digest::digest(&SHA256, bytes);
-    let mut out = [0; 32];
-    out.copy_from_slice(digest.as_ref());
-    Sha256(out)
+/// SHA-256 of bytes that come one after the other.
+pub struct Sha256Of(Context);
+
+impl Default for Sha256Of {
+    fn default() -> Self {
+        Self(Context::new(&SHA256))
+    }
+}
+
+impl Sha256Of {
+    /// These come next.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// The digest of all.
+    pub fn finish(self) -> Sha256 {
+        let digest = self.0.finish();
+        let mut out = [0; 32];
+        out.copy_from_slice(digest.as_ref());
+        Sha256(out)
+    }
 }
 
 /// Whether all bytes are zero.

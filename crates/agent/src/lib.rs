@@ -7,6 +7,7 @@ pub mod channel;
 pub mod data_receive;
 pub mod data_send;
 pub mod destination_session;
+pub mod device_state;
 pub mod digest;
 pub mod fail_point;
 pub mod http;

@@ -51,8 +51,6 @@ pub enum SourceEvent {
     StreamJob(Op, Result<(), SendError>),
     /// The VM worker has ended a job.
     Vm(Op, Result<SourceDone, Failure>),
-    /// The device state was saved.
-    Saved(Op, Vec<u8>),
     /// The hypervisor ended.
     VmGone,
     /// Somebody wants to abort; the answer says whether that is still possible.
@@ -98,7 +96,8 @@ pub struct SourceSession {
     throttle: Option<Box<dyn Throttle>>,
     /// Whether this goes on after a restart: what was sent before is not known.
     recovered: bool,
-    device_state: Option<Arc<Vec<u8>>>,
+    /// The operation of saving the device state, whose pieces the first stream reports.
+    saving: Option<Op>,
     phase: SourcePhase,
 }
 
@@ -152,7 +151,7 @@ impl SourceSession {
             jobs: HashMap::new(),
             throttle: None,
             recovered,
-            device_state: None,
+            saving: None,
         })
     }
 
@@ -215,14 +214,6 @@ impl SourceSession {
             SourceEvent::Streams(op, result) => self.streams_opened(now, op, result),
             SourceEvent::StreamJob(op, result) => self.stream_job(now, op, result),
             SourceEvent::Vm(op, result) => self.engine.handle_done(now, op, result),
-            SourceEvent::Saved(op, state) => {
-                let done = SourceDone::DeviceState {
-                    bytes: state.len() as u64,
-                    sha256: crate::digest::sha256(&state),
-                };
-                self.device_state = Some(Arc::new(state));
-                self.engine.handle_done(now, op, Ok(done));
-            }
             SourceEvent::VmGone => self.engine.handle_vm_gone(now),
             SourceEvent::Abort(reason, reply) => {
                 // Who asked may have gone away.
@@ -302,7 +293,7 @@ impl SourceSession {
                 self.report(op, result.map(SourceDone::Collected));
             }
             SourceAction::Throttle(share) => self.set_throttle(share),
-            SourceAction::SendStale { op, pages, round } => self.send_stale(op, pages, round),
+            SourceAction::SendStale { op, pages } => self.send_stale(op, pages),
             SourceAction::SendUrgent { op, block } => {
                 fail_point("source-serving");
                 let senders = self.senders.as_ref();
@@ -316,16 +307,9 @@ impl SourceSession {
             }
             SourceAction::CloseStreams => self.close_streams(),
             SourceAction::Pause(op) => self.worker.give(VmJob::Pause(op)),
-            SourceAction::SaveDeviceState(op) => self.worker.give(VmJob::Save(op)),
+            SourceAction::SaveDeviceState(op) => self.save(op),
             SourceAction::Resume(op) => self.worker.give(VmJob::Resume(op)),
             SourceAction::Erase(op) => self.worker.give(VmJob::Erase(op)),
-            SourceAction::SendDeviceState(op) => match (&self.senders, self.device_state.take()) {
-                (Some(senders), Some(state)) => {
-                    let jobs = senders.first(op, Job::DeviceState(state));
-                    self.expect_jobs(op, jobs);
-                }
-                _ => self.report(op, Err(missing("device state"))),
-            },
             SourceAction::ComputeRoot(op) => {
                 let root = self.shared.as_ref().map(|shared| shared.digests.root());
                 self.report(
@@ -562,25 +546,36 @@ impl SourceSession {
             return self.report(op, Err(missing("streams")));
         };
         let mut jobs = senders.all(op, &Job::Pages(Arc::new(pages)));
-        if then != RoundMark::None {
-            let end = Job::RoundEnd {
-                round,
-                last: then != RoundMark::End,
-            };
-            jobs += senders.all(op, &end);
-            if then == RoundMark::Pushed {
-                jobs += senders.urgent(op, end);
-            }
+        let end = Job::RoundEnd {
+            round,
+            last: then != RoundMark::End,
+        };
+        match then {
+            RoundMark::None => {}
+            RoundMark::Drained => jobs += senders.all(op, &Job::Drained { post_copy: false }),
+            RoundMark::End | RoundMark::Last => jobs += senders.all(op, &end),
+            RoundMark::Pushed => jobs += senders.all(op, &end) + senders.urgent(op, end),
         }
         self.expect_jobs(op, jobs);
     }
 
-    fn send_stale(&mut self, op: Op, pages: PageSet, round: u32) {
+    fn save(&mut self, op: Op) {
+        let senders = self.senders.as_ref();
+        match senders.and_then(|senders| senders.device_state(op)) {
+            Some(out) => {
+                self.saving = Some(op);
+                self.worker.give(VmJob::Save(op, out));
+            }
+            None => self.report(op, Err(missing("streams"))),
+        }
+    }
+
+    fn send_stale(&mut self, op: Op, pages: PageSet) {
         let (Some(senders), Some(shared)) = (&self.senders, &self.shared) else {
             return self.report(op, Err(missing("streams")));
         };
-        let end = Job::RoundEnd { round, last: true };
-        let jobs = senders.all(op, &Job::Stale(Arc::new(pages))) + senders.all(op, &end);
+        let drained = Job::Drained { post_copy: true };
+        let jobs = senders.all(op, &Job::Stale(Arc::new(pages))) + senders.all(op, &drained);
         // Before the first job whose pages may arrive while the VM runs there.
         shared.references.store(false, Ordering::Relaxed);
         self.expect_jobs(op, jobs);
@@ -594,6 +589,13 @@ impl SourceSession {
     }
 
     fn stream_job(&mut self, now: Time, op: Op, result: Result<(), SendError>) {
+        if self.saving == Some(op) && result.is_ok() {
+            // A piece of the device state. That all have left says the end of the last round, which comes behind them.
+            return;
+        }
+        if self.saving == Some(op) {
+            self.jobs.insert(op, 1);
+        }
         let Some(left) = self.jobs.get_mut(&op) else {
             // Of streams that were closed meanwhile.
             return;
@@ -636,7 +638,7 @@ impl SourceSession {
         self.throttle = None;
         self.shared = None;
         self.jobs.clear();
-        self.device_state = None;
+        self.saving = None;
     }
 
     fn publish(&mut self) {

@@ -4,8 +4,8 @@
 //!
 //! | bytes | field |
 //! |---|---|
-//! | 0 | kind: 1 pages, 2 end of round, 3 device state, 4 stale pages |
-//! | 1 | encoding of pages, see below; for an end of round: 1 if it is the last |
+//! | 0 | kind: 1 pages, 2 end of round, 3 device state, 4 stale pages, 5 drained |
+//! | 1 | encoding of pages, see below; for an end of round: 1 if it is the last; for drained: 1 if the VM runs before all pages are there |
 //! | 2..4 | region (little endian, as all that follows) |
 //! | 4..8 | block within the region; round; chunk of the device state |
 //! | 8..40 | mask of pages, bit 0 of byte 8 is the block's first page |
@@ -23,6 +23,11 @@
 //! | 3 zstd | one Zstandard frame (RFC 8878) of the raw payload | 1 to `n` * 4096 - 1 |
 //! | 4 delta | for each page what differs from the version sent before it, see below | 2 `n` to `n` * 4096 - 1 |
 //! | 5 duplicate | for each page the region (2 bytes) and number (8 bytes) of a page that it equals | `n` * 10 |
+//!
+//! Drained means: the VM is paused, and this stream has sent all of its pages that were written until then. When all streams
+//! have, the device state may be loaded while it still arrives. Its pieces are on the first stream, anywhere before the
+//! end of the last round. What saving it wrote follows behind drained: as QEMU orders it, the state of devices comes behind
+//! the memory that they look at, and what is written later is complete before the VM runs.
 //!
 //! Stale pages have no payload: they come anew once the VM runs at the destination, which forgets what it has of them.
 //! A stream that has sent the end of the last round twice has sent all of those, too.
@@ -52,6 +57,7 @@ const KIND_PAGES: u8 = 1;
 const KIND_ROUND_END: u8 = 2;
 const KIND_DEVICE_STATE: u8 = 3;
 const KIND_STALE: u8 = 4;
+const KIND_DRAINED: u8 = 5;
 
 /// A frame, without its payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,6 +86,11 @@ pub enum Frame {
     Duplicate(Block),
     /// The block's pages come anew after the device state; nothing follows.
     Stale(Block),
+    /// The VM is paused, and this stream has sent its pages that were written until then.
+    Drained {
+        /// Whether the VM is to run before all of its pages are there.
+        post_copy: bool,
+    },
     /// This stream has sent all its pages of the round.
     RoundEnd {
         /// The round, the first is 1.
@@ -136,7 +147,7 @@ impl Frame {
     pub fn payload_bytes(&self) -> usize {
         match self {
             Self::Pages(block) => block.len() as usize * PAGE_BYTES as usize,
-            Self::Zero(_) | Self::Stale(_) | Self::RoundEnd { .. } => 0,
+            Self::Zero(_) | Self::Stale(_) | Self::Drained { .. } | Self::RoundEnd { .. } => 0,
             Self::Duplicate(block) => block.len() as usize * REFERENCE_BYTES,
             Self::Compressed { len, .. }
             | Self::Delta { len, .. }
@@ -160,6 +171,7 @@ impl Frame {
             Self::Delta { block, .. } => (KIND_PAGES, 4, block.region, block.index, block.mask),
             Self::Duplicate(block) => (KIND_PAGES, 5, block.region, block.index, block.mask),
             Self::Stale(block) => (KIND_STALE, 0, block.region, block.index, block.mask),
+            Self::Drained { post_copy } => (KIND_DRAINED, u8::from(post_copy), 0, 0, [0; 4]),
             Self::RoundEnd { round, last } => (KIND_ROUND_END, u8::from(last), 0, round, [0; 4]),
             Self::DeviceState { chunk, .. } => (KIND_DEVICE_STATE, 0, 0, chunk, [0; 4]),
         };
@@ -237,7 +249,7 @@ impl Frame {
                 },
                 layout,
             )?),
-            KIND_ROUND_END | KIND_DEVICE_STATE if region != 0 || mask != [0; 4] => {
+            KIND_ROUND_END | KIND_DEVICE_STATE | KIND_DRAINED if region != 0 || mask != [0; 4] => {
                 return Err(FrameError::Reserved);
             }
             KIND_ROUND_END if index == 0 => return Err(FrameError::Round),
@@ -245,6 +257,13 @@ impl Frame {
                 0 | 1 => Self::RoundEnd {
                     round: index,
                     last: encoding == 1,
+                },
+                other => return Err(FrameError::Encoding(other)),
+            },
+            KIND_DRAINED if index != 0 => return Err(FrameError::Reserved),
+            KIND_DRAINED => match encoding {
+                0 | 1 => Self::Drained {
+                    post_copy: encoding == 1,
                 },
                 other => return Err(FrameError::Encoding(other)),
             },
@@ -376,7 +395,7 @@ mod tests {
         #[test]
         fn any_header_is_refused_or_encodes_to_itself(
             mut bytes in prop::array::uniform32(any::<u8>()),
-            kind in 0u8..6,
+            kind in 0u8..7,
             encoding in 0u8..8,
             small in any::<bool>(),
             len in 0u32..3 * 4096,

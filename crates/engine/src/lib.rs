@@ -20,8 +20,9 @@
 //!                  ◀───────────────────    StreamsReady
 //! rounds           ═══════════════════▶
 //!                  ◀───────────────────    RoundReceived
-//! pause; last round, device state  ═══▶
-//! Seal             ───────────────────▶    load
+//! pause; last pages                ═══▶
+//! device state     ═══════════════════▶    load it while it arrives
+//! Seal             ───────────────────▶
 //!                  ◀───────────────────    Ready(root)
 //! journal Committed
 //! Commit           ───────────────────▶    journal Owned, resume
@@ -30,7 +31,7 @@
 //! Erased           ───────────────────▶
 //! ```
 //!
-//! Under post-copy the seal says so, and from then on:
+//! Under post-copy the last pages are left out, and from then on:
 //!
 //! ```text
 //!                  ◀───────────────────    Demand: a page that is waited for

@@ -85,6 +85,9 @@ pub enum Error {
     /// The migration of the device state ended badly.
     #[error("QEMU could not move the device state: {0}")]
     DeviceState(String),
+    /// Whoever gives the device state takes it back: it is not to be used.
+    #[error("the device state was not loaded: {0}")]
+    DeviceStateGiven(#[source] io::Error),
     /// The device state is larger than allowed.
     #[error("the device state is larger than the {limit_bytes} bytes allowed")]
     DeviceStateSize {

@@ -3,6 +3,7 @@
 //! The traits are as narrow as the migration needs, so that a fake VM in tests and another
 //! hypervisor later fit behind them. Implementations block; callers bring their own threads.
 
+use std::io::{Read, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -202,15 +203,22 @@ pub trait Vm: Send + Sync {
     /// Makes ready what `save_device_state` needs, so that the pause is shorter. Idempotent.
     fn prepare_to_save(&self) -> Result<(), Error>;
 
-    /// State of CPUs and devices of a paused VM; `limit_bytes` bounds it.
-    fn save_device_state(&self, limit_bytes: u64) -> Result<Vec<u8>, Error>;
+    /// Writes the state of CPUs and devices of a paused VM to `to` while it is being saved; `limit_bytes` bounds it. An
+    /// error of `to` ends it.
+    fn save_device_state(&self, limit_bytes: u64, to: &mut dyn Write) -> Result<(), Error>;
 
     /// Makes ready what `load_device_state` needs, so that the pause is shorter. For an incoming container; idempotent.
     fn prepare_to_load(&self) -> Result<(), Error>;
 
     /// Loads the state into an incoming container; the VM stays paused. Before that RAM must be complete, or
-    /// what is not must be missing and served ([`Vm::miss_pages`]) while this runs.
-    fn load_device_state(&self, state: &[u8]) -> Result<(), Error>;
+    /// what is not must be missing and served ([`Vm::miss_pages`]) while this runs. The state is read to its end while it
+    /// arrives; an error of `from` means that it is not to be used, and ends it. The hypervisor may have taken all of it
+    /// by then: the container is of no use any more.
+    fn load_device_state(&self, from: &mut dyn Read) -> Result<(), Error>;
+
+    /// Takes back what `prepare_to_save` and `prepare_to_load` changed in a hypervisor that goes on running. Idempotent;
+    /// what cannot be taken back is harmless.
+    fn settle(&self);
 
     /// Ends the hypervisor and waits for it, by force where it does not answer. Idempotent.
     fn terminate(&self) -> Result<(), Error>;

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use palanquin_engine::destination::{DestinationDone, Op};
-use palanquin_engine::message::{Complete, Offer, Reason, Seal, WireBlocker};
+use palanquin_engine::message::{Complete, Offer, Reason, WireBlocker};
 use palanquin_engine::order::Order;
 use palanquin_engine::pages::PAGE_BYTES;
 use palanquin_engine::source::Failure;
@@ -23,14 +23,14 @@ use crate::source_session::chain;
 use crate::store::StoredVm;
 use crate::waiting::{Asking, ChannelSlot, Waiting};
 
-/// Longest wait for the rest of a device state that was sealed already.
+/// Longest wait for a piece of the device state: it is saved while it is loaded.
 const STATE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Something to do with the container.
 pub(super) enum ContainerJob {
     Reserve(Op, Box<Offer>),
-    /// Load the device state; where there is a slot, for a VM that waits for pages which are not here.
-    Load(Op, Seal, Arc<Shared>, ChannelSlot),
+    /// Load the device state while it arrives; where there is a slot, for a VM that waits for pages which are not here.
+    Load(Op, Arc<Shared>, Option<ChannelSlot>),
     /// Let nothing wait for pages any more.
     EndPulling(Op, Arc<Shared>, bool),
     Activate(Op),
@@ -168,6 +168,7 @@ pub fn descriptor_of(offer: &Offer) -> Result<Descriptor, WireBlocker> {
 impl Work {
     fn run(mut self, jobs: &Receiver<ContainerJob>) {
         while let Ok(job) = jobs.recv() {
+            let activates = matches!(job, ContainerJob::Activate(_));
             let event = match job {
                 ContainerJob::Reserve(op, offer) => match self.reserve(&offer) {
                     Ok(Ok(container)) => DestinationEvent::Reserved {
@@ -181,8 +182,8 @@ impl Work {
                     }
                     Err(failure) => DestinationEvent::Container(op, Err(failure)),
                 },
-                ContainerJob::Load(op, seal, shared, channel) => {
-                    DestinationEvent::Container(op, self.load(&seal, &shared, &channel))
+                ContainerJob::Load(op, shared, channel) => {
+                    DestinationEvent::Container(op, self.load(&shared, channel.as_ref()))
                 }
                 ContainerJob::EndPulling(op, shared, comparable) => {
                     let result = self.end_pulling(&shared, comparable);
@@ -191,8 +192,13 @@ impl Work {
                 ContainerJob::Activate(op) => DestinationEvent::Container(op, self.activate()),
                 ContainerJob::Terminate(op) => DestinationEvent::Container(op, self.terminate()),
             };
+            let runs = activates && matches!(event, DestinationEvent::Container(_, Ok(_)));
             if self.events.send(event).is_err() {
                 return;
+            }
+            if let (true, Some(vm)) = (runs, &self.vm) {
+                // In no hurry: the VM runs, and it was told.
+                vm.settle();
             }
         }
     }
@@ -258,23 +264,15 @@ impl Work {
 
     fn load(
         &mut self,
-        seal: &Seal,
         shared: &Arc<Shared>,
-        channel: &ChannelSlot,
+        channel: Option<&ChannelSlot>,
     ) -> Result<DestinationDone, Failure> {
-        if seal.post_copy {
+        if let Some(channel) = channel {
             // Before the devices look into guest memory.
             self.asking = Some(wait_for_pages(self.vm()?, shared, channel)?);
         }
-        let state = shared
-            .device_state
-            .take(seal, STATE_TIMEOUT)
-            .map_err(|error| Failure {
-                reason: Reason::new("device-state", error.to_string()),
-                vm_gone: false,
-            })?;
         self.vm()?
-            .load_device_state(&state)
+            .load_device_state(&mut shared.device_state.reader(STATE_TIMEOUT))
             .map_err(|error| failure("device-state", &error))?;
         Ok(DestinationDone::Done)
     }
@@ -300,9 +298,8 @@ impl Work {
 
     fn activate(&self) -> Result<DestinationDone, Failure> {
         let vm = self.vm()?;
-        // After a restart it may run already.
-        let state = vm.run_state().map_err(|error| failure("resume", &error))?;
-        if self.order.run && state != RunState::Running {
+        if self.order.run {
+            // After a restart it may run already: then this does nothing.
             vm.resume().map_err(|error| failure("resume", &error))?;
         }
         debug_assert!(!matches!(vm.run_state(), Ok(RunState::Incoming)));

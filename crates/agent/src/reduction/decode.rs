@@ -144,9 +144,10 @@ impl Decoder {
             }
             Frame::Delta { block, .. } => self.delta(&block, payload, target),
             Frame::Duplicate(block) => self.duplicate(&block, payload, target),
-            Frame::Stale(_) | Frame::RoundEnd { .. } | Frame::DeviceState { .. } => {
-                Err(DecodeError::Payload)
-            }
+            Frame::Stale(_)
+            | Frame::Drained { .. }
+            | Frame::RoundEnd { .. }
+            | Frame::DeviceState { .. } => Err(DecodeError::Payload),
         }
     }
 

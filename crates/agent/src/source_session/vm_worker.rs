@@ -12,11 +12,13 @@ use palanquin_host::vm::{RunState, Vm};
 use tracing::debug;
 
 use super::{SourceEvent, chain, failure};
+use crate::data_send::DeviceStateOut;
 
 /// Something to do with the VM.
 pub(super) enum VmJob {
     Pause(Op),
-    Save(Op),
+    /// Save the device state to the first stream.
+    Save(Op, DeviceStateOut),
     Resume(Op),
     Erase(Op),
 }
@@ -67,10 +69,7 @@ impl Work {
         while let Ok(job) = jobs.recv() {
             let event = match job {
                 VmJob::Pause(op) => SourceEvent::Vm(op, self.pause()),
-                VmJob::Save(op) => match self.save() {
-                    Ok(state) => SourceEvent::Saved(op, state),
-                    Err(failure) => SourceEvent::Vm(op, Err(failure)),
-                },
+                VmJob::Save(op, out) => SourceEvent::Vm(op, self.save(out)),
                 VmJob::Resume(op) => SourceEvent::Vm(op, self.resume()),
                 VmJob::Erase(op) => SourceEvent::Vm(op, self.erase()),
             };
@@ -94,10 +93,12 @@ impl Work {
         Ok(SourceDone::Done)
     }
 
-    fn save(&self) -> Result<Vec<u8>, Failure> {
+    fn save(&self, mut out: DeviceStateOut) -> Result<SourceDone, Failure> {
         self.vm()?
-            .save_device_state(self.state_limit)
-            .map_err(|error| failure("device-state", &error))
+            .save_device_state(self.state_limit, &mut out)
+            .map_err(|error| failure("device-state", &error))?;
+        let (bytes, sha256) = out.finish();
+        Ok(SourceDone::DeviceState { bytes, sha256 })
     }
 
     fn resume(&self) -> Result<SourceDone, Failure> {
@@ -116,6 +117,7 @@ impl Work {
             }
             RunState::Running | RunState::Paused | RunState::Incoming => {}
         }
+        vm.settle();
         Ok(SourceDone::Done)
     }
 

@@ -49,11 +49,18 @@ pub enum DestinationAction {
         /// Layout that every frame must fit.
         layout: RamLayout,
     },
-    /// Check the device state that arrived against the seal and load it, then report. Where the seal says post-copy,
-    /// accesses to pages that are not here have to wait from before that on, and the source is asked for them.
-    LoadDeviceState(Op, Seal),
-    /// Compute the root over the digests of what arrived, then report. Pages that arrive after the device state do
-    /// not count.
+    /// Load the device state while it arrives. Report when it was sealed ([`DestinationAction::SealDeviceState`]), is
+    /// what was sealed, and is loaded.
+    LoadDeviceState {
+        /// To report with.
+        op: Op,
+        /// Whether accesses to pages that are not here have to wait from before that on, and the source is asked for
+        /// them.
+        post_copy: bool,
+    },
+    /// All of the device state was sent: this is its length and digest.
+    SealDeviceState(Seal),
+    /// Compute the root over the digests of what arrived until the end of the last round, then report.
     ComputeRoot(Op),
     /// Post-copy: tell the source on the connection which pages are here, and ask again for those that the VM waits
     /// for.
@@ -64,7 +71,7 @@ pub enum DestinationAction {
     Disconnect,
     /// Let the VM run (or leave it paused where the order says so), then report.
     Activate(Op),
-    /// Close the streams and end the container, then report. It has never run.
+    /// Close the streams and end the container, also where it is loading, then report. It has never run.
     Terminate(Op),
     /// Ended; nothing follows.
     Finish(DestinationEnding),

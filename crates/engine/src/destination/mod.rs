@@ -20,7 +20,7 @@ use std::time::Duration;
 pub use self::action::{
     DestinationAction, DestinationConfig, DestinationDone, DestinationEnding, DestinationPhase, Op,
 };
-use self::state::State;
+use self::state::{Load, State};
 use crate::ids::{Epoch, Root, StreamSecret};
 use crate::journal::DestinationRecord;
 use crate::message::{
@@ -150,8 +150,10 @@ impl Destination {
             State::Recording { .. } | State::Reserving { .. } | State::OpeningStreams { .. } => {
                 DestinationPhase::Reserving
             }
-            State::Receiving { .. } => DestinationPhase::Receiving,
-            State::Loading { .. } | State::AwaitCommit => DestinationPhase::Switchover,
+            State::Receiving { drained: None, .. } => DestinationPhase::Receiving,
+            State::Receiving { .. } | State::Loading { .. } | State::AwaitCommit => {
+                DestinationPhase::Switchover
+            }
             State::Owning(_)
             | State::Activating { .. }
             | State::Activated(_)
@@ -346,7 +348,15 @@ impl Destination {
                     .push_back(DestinationAction::ConsultLedger(offer.order.clone()));
                 self.state = State::Consulting(Box::new(offer));
             }
-            (State::Receiving { seal, last }, Message::Seal(sealed)) if seal.is_none() => {
+            (
+                State::Receiving {
+                    seal,
+                    last,
+                    drained,
+                    ..
+                },
+                Message::Seal(sealed),
+            ) if seal.is_none() => {
                 if sealed.device_state_bytes == 0
                     || sealed.device_state_bytes > self.config.device_state_max
                 {
@@ -357,10 +367,16 @@ impl Destination {
                     let what = "the source seals for post-copy, which was not agreed on";
                     return self.discard(now, Reason::new("peer-misbehaved", what));
                 }
+                if drained.is_some_and(|post_copy| post_copy != sealed.post_copy) {
+                    let what = "the source seals otherwise than it said when it paused the VM";
+                    return self.discard(now, Reason::new("peer-misbehaved", what));
+                }
                 let complete = *last == Some(sealed.rounds);
-                *seal = Some(sealed);
+                *seal = Some(sealed.clone());
+                self.actions
+                    .push_back(DestinationAction::SealDeviceState(sealed));
                 if complete {
-                    self.load();
+                    self.arrived();
                 }
             }
             (State::AwaitCommit, Message::Commit(epoch)) => {
@@ -425,12 +441,46 @@ impl Destination {
         self.end_pulling();
     }
 
-    /// All streams have delivered this round.
-    pub fn handle_round(&mut self, now: Time, round: u32, is_last: bool) {
-        let State::Receiving { last, seal } = &mut self.state else {
+    /// The VM is paused at the source, and all streams have delivered what was written until then.
+    pub fn handle_drained(&mut self, now: Time, post_copy: bool) {
+        let State::Receiving {
+            drained,
+            load,
+            seal,
+            ..
+        } = &mut self.state
+        else {
             return;
         };
-        if round != self.rounds + 1 || last.is_some() {
+        let sealed_otherwise = seal
+            .as_ref()
+            .is_some_and(|seal| seal.post_copy != post_copy);
+        if drained.is_some() || sealed_otherwise || (post_copy && !self.post_copy_ready) {
+            let what = "the source pauses the VM twice, or otherwise than was agreed on";
+            return self.discard(now, Reason::new("peer-misbehaved", what));
+        }
+        let op = Op(self.next_op);
+        self.next_op += 1;
+        *drained = Some(post_copy);
+        *load = Load::Loading(op);
+        self.post_copy = post_copy;
+        self.actions
+            .push_back(DestinationAction::LoadDeviceState { op, post_copy });
+    }
+
+    /// All streams have delivered this round.
+    pub fn handle_round(&mut self, now: Time, round: u32, is_last: bool) {
+        let State::Receiving {
+            last,
+            seal,
+            drained,
+            ..
+        } = &mut self.state
+        else {
+            return;
+        };
+        // After the pause there is one more end of a round, and before it that is not the last.
+        if round != self.rounds + 1 || last.is_some() || drained.is_some() != is_last {
             let what = "a round arrived out of turn";
             return self.discard(now, Reason::new("peer-misbehaved", what));
         }
@@ -441,7 +491,7 @@ impl Destination {
         let complete = is_last && seal.as_ref().is_some_and(|seal| seal.rounds == round);
         self.send(now, Message::RoundReceived(round));
         if complete {
-            self.load();
+            self.arrived();
         }
     }
 
@@ -533,13 +583,18 @@ impl Destination {
             (State::OpeningStreams { op: expected }, DestinationDone::Done) if *expected == op => {
                 self.deadline = None;
                 self.state = State::Receiving {
+                    drained: None,
+                    load: Load::NotYet,
                     last: None,
                     seal: None,
                 };
                 self.send(now, Message::StreamsReady);
             }
-            (State::Loading { load, .. }, DestinationDone::Done) if *load == Some(op) => {
-                *load = None;
+            (
+                State::Receiving { load, .. } | State::Loading { load, .. },
+                DestinationDone::Done,
+            ) if *load == Load::Loading(op) => {
+                *load = Load::Loaded;
                 self.ready(now);
             }
             (State::Loading { root_op, root, .. }, DestinationDone::Root(computed))

@@ -4,6 +4,14 @@ use super::action::Op;
 use crate::ids::Root;
 use crate::message::{Offer, Seal};
 
+/// How far the device state is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Load {
+    NotYet,
+    Loading(Op),
+    Loaded,
+}
+
 #[derive(Debug)]
 pub(super) enum State {
     Greeting,
@@ -19,12 +27,16 @@ pub(super) enum State {
     OpeningStreams {
         op: Op,
     },
+    /// Pages arrive; from the pause on, the device state is loaded meanwhile.
     Receiving {
+        /// Once the VM is paused at the source: whether it runs here before its last pages are here.
+        drained: Option<bool>,
+        load: Load,
         last: Option<u32>,
         seal: Option<Seal>,
     },
     Loading {
-        load: Option<Op>,
+        load: Load,
         root_op: Op,
         root: Option<Root>,
     },

@@ -1,6 +1,6 @@
 //! Steps, in the order of a migration, and what all of them use.
 
-use super::{Destination, DestinationAction, DestinationEnding, Op, State};
+use super::{Destination, DestinationAction, DestinationEnding, Load, Op, State};
 use crate::journal::DestinationRecord;
 use crate::message::{Message, Reason, Refused, WireBlocker};
 use crate::time::Time;
@@ -38,32 +38,24 @@ impl Destination {
         self.actions.push_back(DestinationAction::Activate(op));
     }
 
-    pub(super) fn load(&mut self) {
-        let State::Receiving {
-            seal: Some(seal), ..
-        } = &self.state
-        else {
+    /// Everything has arrived; the device state may still be loading.
+    pub(super) fn arrived(&mut self) {
+        let State::Receiving { load, .. } = self.state else {
             return;
         };
-        let seal = seal.clone();
-        self.post_copy = seal.post_copy;
-        let load = self.op();
         let root_op = self.op();
         self.state = State::Loading {
-            load: Some(load),
+            load,
             root_op,
             root: None,
         };
-        self.actions
-            .push_back(DestinationAction::LoadDeviceState(load, seal));
-        // Last, because it takes milliseconds.
         self.actions
             .push_back(DestinationAction::ComputeRoot(root_op));
     }
 
     pub(super) fn ready(&mut self, now: Time) {
         let State::Loading {
-            load: None,
+            load: Load::Loaded,
             root: Some(root),
             ..
         } = self.state
@@ -150,7 +142,8 @@ impl Destination {
             State::Recording { op: expected, .. }
             | State::Reserving { op: expected }
             | State::OpeningStreams { op: expected } => *expected == op,
-            State::Loading { load, root_op, .. } => *load == Some(op) || *root_op == op,
+            State::Receiving { load, .. } => *load == Load::Loading(op),
+            State::Loading { load, root_op, .. } => *load == Load::Loading(op) || *root_op == op,
             _ => false,
         }
     }

@@ -85,15 +85,13 @@ pub enum SourceAction {
         /// What follows the pages.
         then: RoundMark,
     },
-    /// Tell on the streams that these pages will come anew after the device state, and end the last round; then
-    /// report. From here on the streams do not refer to earlier versions of pages, because the VM may write them there.
+    /// The VM is paused: tell on the streams that these pages will come anew after the switchover, and nothing else was
+    /// written (a `Drained` for post-copy follows on every stream); then report. From here on the streams do not refer to earlier versions of pages, because the VM may write them there.
     SendStale {
         /// To report with.
         op: Op,
         /// The pages: the destination forgets them.
         pages: PageSet,
-        /// The round that ends.
-        round: u32,
     },
     /// Post-copy: send these pages before all others, on the stream for that.
     SendUrgent {
@@ -104,14 +102,12 @@ pub enum SourceAction {
     },
     /// Stop the virtual CPUs, then report.
     Pause(Op),
-    /// Save the device state, keep it, report its length and digest.
+    /// Save the device state and give it to the first stream piece by piece while it is being saved; then report its
+    /// length and digest.
     SaveDeviceState(Op),
-    /// Send the device state that was saved, then report.
-    SendDeviceState(Op),
-    /// Compute the root over the digests of what was sent, then report. Pages that are sent after the device state do
-    /// not count.
+    /// Compute the root over the digests of what was sent until the end of the last round, then report.
     ComputeRoot(Op),
-    /// Compute the root over the digests of the pages that were sent after the device state, then report.
+    /// Compute the root over the digests of the pages that were sent after the last round, then report.
     ComputePulledRoot(Op),
     /// Close the data streams; what was under way need not be reported any more.
     CloseStreams,
@@ -132,6 +128,8 @@ pub enum RoundMark {
     None,
     /// The end of the round.
     End,
+    /// The VM is paused and these were its last pages, but for what saving the device state writes.
+    Drained,
     /// The end of the last round.
     Last,
     /// Post-copy: the end of all pages; also on the stream for pages that the VM waits for.
@@ -141,11 +139,11 @@ pub enum RoundMark {
 /// How an action ended well.
 #[derive(Clone, Debug, PartialEq)]
 pub enum SourceDone {
-    /// Journal, streams, tracking, pages, device state sent, pause, resume, erase: just done.
+    /// Journal, streams, tracking, pages, pause, resume, erase: just done.
     Done,
     /// The pages asked for.
     Collected(PageSet),
-    /// The device state is saved.
+    /// The device state is saved, and was given to the first stream.
     DeviceState {
         /// Its length.
         bytes: u64,

@@ -522,7 +522,8 @@ impl Source {
                 self.release(epoch);
             }
             (
-                State::AwaitReady { .. }
+                State::Draining(_)
+                | State::AwaitReady { .. }
                 | State::Committing(_)
                 | State::AwaitRunning
                 | State::Serving
@@ -583,6 +584,7 @@ impl Source {
     }
 
     fn done(&mut self, now: Time, op: Op, done: SourceDone) {
+        let is_post_copy = self.is_post_copy(op);
         match (&mut self.state, done) {
             (State::Ordering(expected), SourceDone::Done) if *expected == op => {
                 self.state = State::Connecting;
@@ -636,7 +638,7 @@ impl Source {
             (State::Pausing { op: expected, .. }, SourceDone::Done) if *expected == op => {
                 self.paused(now);
             }
-            (State::Draining(_), done) => self.drained(now, op, done),
+            (State::Draining(_), done) if !is_post_copy => self.drained(now, op, done),
             (State::AwaitReady { root_op, root, .. }, SourceDone::Root(computed))
                 if *root_op == op =>
             {

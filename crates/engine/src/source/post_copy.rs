@@ -48,6 +48,12 @@ impl PostCopy {
         }
     }
 
+    /// These pages are sent with the last round after all.
+    pub(super) fn sent_before(&mut self, pages: &PageSet) {
+        self.all.subtract(pages);
+        self.rest.subtract(pages);
+    }
+
     /// Whether this is one of ours.
     pub(super) fn is_current(&self, op: Op) -> bool {
         self.push == Some(op) || self.urgent.contains(&op)

@@ -66,7 +66,8 @@ impl Source {
                 SendingStep::Acknowledged => false,
             },
             State::Draining(draining) => {
-                draining.save == Some(op)
+                draining.save == op
+                    || self.is_post_copy(op)
                     || match &draining.pages {
                         DrainingPages::Collecting { op: expected, .. }
                         | DrainingPages::Sending(expected)
@@ -75,8 +76,8 @@ impl Source {
                         DrainingPages::Sent => false,
                     }
             }
-            State::AwaitReady { send, root_op, .. } => {
-                *send == op || *root_op == op || self.is_post_copy(op)
+            State::AwaitReady { save, root_op, .. } => {
+                *save == op || *root_op == op || self.is_post_copy(op)
             }
             _ => false,
         }

@@ -30,7 +30,7 @@ pub(super) enum State {
     },
     Draining(Draining),
     AwaitReady {
-        send: Op,
+        save: Op,
         root_op: Op,
         root: Option<Root>,
         theirs: Option<Root>,
@@ -94,14 +94,14 @@ pub(super) enum SendingStep {
     Acknowledged,
 }
 
-/// The VM is paused: its last pages and its device state are collected side by side.
+/// The VM is paused: its last pages and its device state are collected and sent side by side.
 #[derive(Debug)]
 pub(super) struct Draining {
-    pub(super) save: Option<Op>,
+    pub(super) save: Op,
     pub(super) saved: Option<(u64, Sha256)>,
     pub(super) pages: DrainingPages,
-    /// Post-copy: what is sent after the switchover.
-    pub(super) rest: Option<PageSet>,
+    /// Whether the last pages are sent after the switchover.
+    pub(super) post_copy: bool,
 }
 
 #[derive(Debug)]
@@ -112,7 +112,7 @@ pub(super) enum DrainingPages {
     },
     Sending(Op),
     Sent,
-    /// Saving the device state may write guest memory: look once more.
+    /// The destination loads meanwhile. Saving the device state may write guest memory: look once more.
     Rechecking(Op),
     Last(Op),
 }

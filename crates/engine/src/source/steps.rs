@@ -197,9 +197,9 @@ impl Source {
         let save = self.op();
         let op = self.op();
         self.state = State::Draining(Draining {
-            save: Some(save),
+            save,
             saved: None,
-            rest: post_copy.then(|| pending.clone()),
+            post_copy,
             pages: DrainingPages::Collecting { op, pending },
         });
         self.actions
@@ -207,18 +207,14 @@ impl Source {
         self.actions.push_back(SourceAction::SaveDeviceState(save));
     }
 
+    /// Something that is done while the VM is paused is done.
     pub(super) fn drained(&mut self, now: Time, op: Op, done: SourceDone) {
-        let next = Op(self.next_op);
-        let mut begin: Option<PageSet> = None;
-        let mut action = None;
-        let mut finished = None;
-        let round = self.progress.rounds;
         let State::Draining(draining) = &mut self.state else {
             return;
         };
+        let post_copy = draining.post_copy;
         match (&mut draining.pages, done) {
-            (_, SourceDone::DeviceState { bytes, sha256 }) if draining.save == Some(op) => {
-                draining.save = None;
+            (_, SourceDone::DeviceState { bytes, sha256 }) if draining.save == op => {
                 draining.saved = Some((bytes, sha256));
             }
             (
@@ -226,25 +222,10 @@ impl Source {
                     op: expected,
                     pending,
                 },
-                SourceDone::Collected(pages),
+                SourceDone::Collected(mut pages),
             ) if *expected == op => {
-                pending.union(&pages);
-                let pages = pending.clone();
-                if let Some(rest) = &mut draining.rest {
-                    *rest = pages;
-                    draining.pages = DrainingPages::Sent;
-                    self.progress.downtime.final_pages = now - self.mark;
-                    begin = Some(PageSet::empty(rest.layout()));
-                } else {
-                    begin = Some(pages.clone());
-                    draining.pages = DrainingPages::Sending(next);
-                    action = Some(SourceAction::SendPages {
-                        op: next,
-                        pages,
-                        round: round + 1,
-                        then: RoundMark::None,
-                    });
-                }
+                pages.union(pending);
+                return self.drain(pages, post_copy);
             }
             (DrainingPages::Sending(expected), SourceDone::Done) if *expected == op => {
                 draining.pages = DrainingPages::Sent;
@@ -253,75 +234,87 @@ impl Source {
             (DrainingPages::Rechecking(expected), SourceDone::Collected(pages))
                 if *expected == op =>
             {
-                draining.pages = DrainingPages::Last(next);
-                action = Some(if let Some(rest) = &mut draining.rest {
-                    rest.union(&pages);
-                    // Also what was never sent: a page that was may have brought zeros in for its neighbours, where the
-                    // destination's kernel gives out huge pages.
-                    let stale = match &self.touched {
-                        Some(_) => rest.clone(),
-                        None => PageSet::empty(rest.layout()),
-                    };
-                    SourceAction::SendStale {
-                        op: next,
-                        pages: stale,
-                        round,
-                    }
-                } else {
-                    SourceAction::SendPages {
-                        op: next,
-                        pages,
-                        round,
-                        then: RoundMark::Last,
-                    }
-                });
+                return self.end_rounds(pages);
             }
             (DrainingPages::Last(expected), SourceDone::Done) if *expected == op => {
-                finished = draining.saved;
-                self.post_copy = draining.rest.take().map(PostCopy::new);
+                if let Some((bytes, sha256)) = draining.saved {
+                    let save = draining.save;
+                    self.seal(now, save, bytes, sha256);
+                }
+                return;
             }
             _ => {}
         }
-        let State::Draining(draining) = &mut self.state else {
-            return;
-        };
-        let recheck = draining.saved.is_some() && matches!(draining.pages, DrainingPages::Sent);
-        if recheck {
-            draining.pages = DrainingPages::Rechecking(next);
-            action = Some(SourceAction::Collect {
-                op: next,
-                first: false,
-            });
-        }
-        if let Some(pages) = begin {
-            self.begin_round(pages.len());
-            self.count_resent(&pages);
-        }
-        if let Some(action) = action {
-            if let SourceAction::SendPages {
-                pages,
-                then: RoundMark::Last,
-                ..
-            } = &action
-            {
-                self.progress.round_pages += pages.len();
-                self.count_resent(pages);
-            }
+        if draining.saved.is_some() && matches!(draining.pages, DrainingPages::Sent) {
+            let op = Op(self.next_op);
             self.next_op += 1;
-            self.actions.push_back(action);
-        }
-        if let Some((bytes, sha256)) = finished {
-            self.seal(now, bytes, sha256);
+            draining.pages = DrainingPages::Rechecking(op);
+            self.actions
+                .push_back(SourceAction::Collect { op, first: false });
         }
     }
 
-    pub(super) fn seal(&mut self, now: Time, bytes: u64, sha256: Sha256) {
+    /// Sends what was written until the pause, or tells that it comes later.
+    fn drain(&mut self, pages: PageSet, post_copy: bool) {
+        let op = self.op();
+        if post_copy {
+            self.begin_round(0);
+            // Also what was never sent: a page that was may have brought zeros in for its neighbours, where the
+            // destination's kernel gives out huge pages.
+            let stale = match &self.touched {
+                Some(_) => pages.clone(),
+                None => PageSet::empty(pages.layout()),
+            };
+            self.post_copy = Some(PostCopy::new(pages));
+            self.actions
+                .push_back(SourceAction::SendStale { op, pages: stale });
+        } else {
+            self.begin_round(pages.len());
+            self.count_resent(&pages);
+            self.actions.push_back(SourceAction::SendPages {
+                op,
+                pages,
+                round: self.progress.rounds,
+                then: RoundMark::Drained,
+            });
+        }
+        if let State::Draining(draining) = &mut self.state {
+            draining.pages = DrainingPages::Sending(op);
+        }
+    }
+
+    /// Sends what saving the device state has written, and ends the last round. These pages are complete before the VM
+    /// runs, also under post-copy: they don't wait to be asked for.
+    fn end_rounds(&mut self, pages: PageSet) {
+        let op = self.op();
+        if !pages.is_empty() {
+            self.note(&format!(
+                "saving the device state wrote {} pages; they are sent behind it",
+                pages.len()
+            ));
+        }
+        if let Some(post_copy) = &mut self.post_copy {
+            post_copy.sent_before(&pages);
+        }
+        self.progress.round_pages += pages.len();
+        self.count_resent(&pages);
+        self.actions.push_back(SourceAction::SendPages {
+            op,
+            pages,
+            round: self.progress.rounds,
+            then: RoundMark::Last,
+        });
+        if let State::Draining(draining) = &mut self.state {
+            draining.pages = DrainingPages::Last(op);
+        }
+    }
+
+    pub(super) fn seal(&mut self, now: Time, save: Op, bytes: u64, sha256: Sha256) {
         // What was counted as `final_pages` ended with them; saving what overlapped them belongs to the state.
         let since_pause = now - self.mark;
         let pages = self.progress.downtime.final_pages.min(since_pause);
         self.progress.downtime.final_pages = pages;
         self.mark = self.mark + pages;
-        let send = self.op();
         let root_op = self.op();
         let seal = Seal {
             rounds: self.progress.rounds,
@@ -330,12 +323,11 @@ impl Source {
             post_copy: self.post_copy.is_some(),
         };
         self.state = State::AwaitReady {
-            send,
+            save,
             root_op,
             root: None,
             theirs: None,
         };
-        self.actions.push_back(SourceAction::SendDeviceState(send));
         self.send(now, Message::Seal(seal));
         // Last, because it takes milliseconds, and the destination loads meanwhile.
         self.actions.push_back(SourceAction::ComputeRoot(root_op));

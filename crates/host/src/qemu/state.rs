@@ -55,7 +55,7 @@ pub(crate) fn unlimit(monitor: &Monitor) -> Result<(), Error> {
 }
 
 /// A connection of which QEMU has the other end.
-fn connection(monitor: &Monitor) -> Result<UnixStream, Error> {
+pub(crate) fn connection(monitor: &Monitor) -> Result<UnixStream, Error> {
     let (ours, theirs) = UnixStream::pair().map_err(Error::io("making a pair of sockets"))?;
     monitor.give(SOCKET, theirs.as_fd())?;
     Ok(ours)
@@ -93,13 +93,29 @@ fn wait_completed(process: &Process, monitor: &Monitor, deadline: Instant) -> Re
     }
 }
 
-/// Saves the state of a paused VM.
+/// Whether QEMU adds a description of the state to it, as text for people who debug it. It takes a millisecond of the pause
+/// to make, and nobody here reads it. Source and container need not agree: one that expects it reads zero instead and says so
+/// in its log.
+pub(crate) fn describe(monitor: &Monitor, wanted: bool) {
+    let set = qmp::qom_set {
+        path: "/machine".to_owned(),
+        property: "suppress-vmdesc".to_owned(),
+        value: Value::Bool(!wanted),
+    };
+    if let Err(error) = monitor.execute_value(&set) {
+        tracing::debug!(%error, wanted, "the description of the device state stays as it is");
+    }
+}
+
+/// Saves the state of a paused VM to a connection of which it has the other end.
 pub(crate) fn save(
     process: &Process,
     monitor: &Monitor,
+    stream: UnixStream,
     limit_bytes: u64,
-) -> Result<Vec<u8>, Error> {
-    let result = receive(process, monitor, limit_bytes);
+    to: &mut dyn Write,
+) -> Result<(), Error> {
+    let result = receive(process, monitor, stream, limit_bytes, to);
     if result.is_err() {
         // Otherwise QEMU refuses to resume while its migration is under way.
         let _ = monitor.execute_value(&qmp::migrate_cancel {});
@@ -107,27 +123,32 @@ pub(crate) fn save(
     result
 }
 
-fn receive(process: &Process, monitor: &Monitor, limit_bytes: u64) -> Result<Vec<u8>, Error> {
+fn receive(
+    process: &Process,
+    monitor: &Monitor,
+    stream: UnixStream,
+    limit_bytes: u64,
+    to: &mut dyn Write,
+) -> Result<(), Error> {
     let deadline = Instant::now() + DEADLINE;
-    let stream = connection(monitor)?;
     monitor.execute_value(&qmp::migrate {
         channels: None,
         detach: None,
         resume: None,
         uri: Some(uri()),
     })?;
-    let state = read_until_end(&stream, limit_bytes, deadline)?;
-    wait_completed(process, monitor, deadline)?;
-    Ok(state)
+    pass_on(&stream, limit_bytes, deadline, to)?;
+    wait_completed(process, monitor, deadline)
 }
 
-/// Reads to the end, at most `limit_bytes`.
-fn read_until_end(
+/// Passes on what comes to the end, at most `limit_bytes`.
+fn pass_on(
     stream: &UnixStream,
     limit_bytes: u64,
     deadline: Instant,
-) -> Result<Vec<u8>, Error> {
-    let mut state = Vec::with_capacity(1 << 20);
+    to: &mut dyn Write,
+) -> Result<(), Error> {
+    let mut passed = 0;
     let mut chunk = vec![0; CHUNK];
     loop {
         if !readable(stream, deadline.saturating_duration_since(Instant::now())) {
@@ -137,12 +158,14 @@ fn read_until_end(
             .read(&mut chunk)
             .map_err(Error::io("reading the device state"))?;
         if count == 0 {
-            return Ok(state);
+            return Ok(());
         }
-        if (state.len() + count) as u64 > limit_bytes {
+        passed += count as u64;
+        if passed > limit_bytes {
             return Err(Error::DeviceStateSize { limit_bytes });
         }
-        state.extend_from_slice(&chunk[..count]);
+        to.write_all(&chunk[..count])
+            .map_err(Error::io("passing the device state on"))?;
     }
 }
 
@@ -160,21 +183,33 @@ pub(crate) fn await_state(monitor: &Monitor) -> Result<UnixStream, Error> {
     Ok(stream)
 }
 
-/// Loads the state into a container that waits for it.
+/// Loads the state into a container that waits for it, as it comes.
 pub(crate) fn load(
     process: &Process,
     monitor: &Monitor,
     mut stream: UnixStream,
-    state: &[u8],
+    from: &mut dyn Read,
 ) -> Result<(), Error> {
     let deadline = Instant::now() + DEADLINE;
     stream
         .set_write_timeout(Some(DEADLINE))
         .map_err(Error::io("sending the device state"))?;
-    let sent = stream.write_all(state);
+    let mut sent = Ok(());
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        let count = from.read(&mut chunk).map_err(Error::DeviceStateGiven)?;
+        if count == 0 {
+            break;
+        }
+        // Also when QEMU has had enough the rest is read: only at its end it is known to be what was saved.
+        if sent.is_ok() {
+            sent = stream.write_all(&chunk[..count]);
+        }
+    }
     drop(stream);
-    let completed = wait_completed(process, monitor, deadline);
-    // What QEMU says of a state that it refused is worth more than the broken pipe.
-    completed?;
-    sent.map_err(Error::io("sending the device state"))
+    // What QEMU says counts: one that refused the state has closed the socket, and so has one that needs no more of it.
+    wait_completed(process, monitor, deadline).map_err(|error| match (error, sent) {
+        (Error::Timeout(_), Err(sent)) => Error::io("sending the device state")(sent),
+        (error, _) => error,
+    })
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -42,6 +43,8 @@ pub(crate) struct QemuVm {
     ram: Mutex<Option<Arc<QemuRam>>>,
     /// Where a container waits for its state.
     incoming: Mutex<Option<UnixStream>>,
+    /// Where a source will save to, once that is prepared.
+    outgoing: Mutex<Option<UnixStream>>,
 }
 
 impl QemuVm {
@@ -53,6 +56,7 @@ impl QemuVm {
             dir: dir.to_owned(),
             ram: Mutex::new(None),
             incoming: Mutex::new(None),
+            outgoing: Mutex::new(None),
         }
     }
 
@@ -462,31 +466,48 @@ impl Vm for QemuVm {
 
     fn prepare_to_save(&self) -> Result<(), Error> {
         self.or_gone(state::enable(&self.monitor))?;
-        self.or_gone(state::unlimit(&self.monitor))
+        state::describe(&self.monitor, false);
+        self.or_gone(state::unlimit(&self.monitor))?;
+        let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
+        if outgoing.is_none() {
+            *outgoing = Some(self.or_gone(state::connection(&self.monitor))?);
+        }
+        Ok(())
     }
 
-    fn save_device_state(&self, limit_bytes: u64) -> Result<Vec<u8>, Error> {
-        let saved = state::save(&self.process, &self.monitor, limit_bytes);
+    fn save_device_state(&self, limit_bytes: u64, to: &mut dyn Write) -> Result<(), Error> {
+        let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
+        let stream = match outgoing.take() {
+            Some(stream) => stream,
+            None => self.or_gone(state::connection(&self.monitor))?,
+        };
+        drop(outgoing);
+        let saved = state::save(&self.process, &self.monitor, stream, limit_bytes, to);
         self.or_gone(saved)
     }
 
     fn prepare_to_load(&self) -> Result<(), Error> {
         let mut incoming = self.incoming.lock().unwrap_or_else(PoisonError::into_inner);
         if incoming.is_none() {
+            state::describe(&self.monitor, false);
             *incoming = Some(self.or_gone(state::await_state(&self.monitor))?);
         }
         Ok(())
     }
 
-    fn load_device_state(&self, device_state: &[u8]) -> Result<(), Error> {
+    fn load_device_state(&self, from: &mut dyn Read) -> Result<(), Error> {
         self.prepare_to_load()?;
         let mut incoming = self.incoming.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(stream) = incoming.take() else {
             return Err(Error::DeviceState("nothing waits for it".to_owned()));
         };
         drop(incoming);
-        let loaded = state::load(&self.process, &self.monitor, stream, device_state);
+        let loaded = state::load(&self.process, &self.monitor, stream, from);
         self.or_gone(loaded)
+    }
+
+    fn settle(&self) {
+        state::describe(&self.monitor, true);
     }
 
     fn terminate(&self) -> Result<(), Error> {

@@ -16,13 +16,15 @@ fn a_source_resumes_after_its_state_was_saved() {
     vm.0.prepare_to_save().unwrap();
     for _ in 0..3 {
         vm.0.pause().unwrap();
-        vm.0.save_device_state(64 << 20).unwrap();
+        vm.0.save_device_state(64 << 20, &mut std::io::sink())
+            .unwrap();
         vm.0.resume().unwrap();
     }
     let before = sweeps(&dir);
     wait_for("more sweeps", 60, || sweeps(&dir) > before + 1);
     vm.0.pause().unwrap();
-    assert!(vm.0.save_device_state(1000).is_err(), "the limit holds");
+    let saved = vm.0.save_device_state(1000, &mut std::io::sink());
+    assert!(saved.is_err(), "the limit holds");
     vm.0.resume().unwrap();
     let before = sweeps(&dir);
     wait_for("more sweeps", 60, || sweeps(&dir) > before + 1);

@@ -97,11 +97,14 @@ fn pause_save_load_resume() {
             let destination = Guard(container.unwrap_or_else(|error| panic!("{error:?}")));
             source.0.prepare_to_save().unwrap();
             timed(&mut pause, || source.0.pause().unwrap());
-            let state = timed(&mut save, || source.0.save_device_state(64 * MIB).unwrap());
+            let mut state = Vec::new();
+            timed(&mut save, || {
+                source.0.save_device_state(64 * MIB, &mut state).unwrap();
+            });
             size = state.len();
             copy(&*source.0, &*destination.0, &data_pages(&*source.0));
             timed(&mut load, || {
-                destination.0.load_device_state(&state).unwrap();
+                destination.0.load_device_state(&mut &state[..]).unwrap();
             });
             timed(&mut resume, || destination.0.resume().unwrap());
         }
@@ -126,7 +129,7 @@ fn missing_pages() {
         let mut start = Vec::new();
         let missing = timed(&mut start, || destination.0.miss_pages().unwrap());
         let server = Server::start(source.0.ram().unwrap(), missing);
-        destination.0.load_device_state(&state).unwrap();
+        destination.0.load_device_state(&mut &state[..]).unwrap();
         let began = Instant::now();
         destination.0.resume().unwrap();
         wait_for("two sweeps", 60, || sweeps(&dir) >= 2);

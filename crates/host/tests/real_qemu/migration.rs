@@ -1,8 +1,10 @@
 //! A VM copied from outside, from one QEMU to another.
 
+use std::io::Read;
 use std::path::Path;
 use std::time::Duration;
 
+use palanquin_host::Error;
 use palanquin_host::vm::{Accel, Hypervisor, RunState};
 
 use crate::bench::{Bench, Guard, copy, data_pages, different_pages, listens, sweeps, wait_for};
@@ -56,7 +58,6 @@ fn copy_over(bench: &Bench, source: &Guard, source_dir: &Path) {
     copy(source, destination, &again);
 
     source.pause().unwrap();
-    let state = source.save_device_state(64 << 20).unwrap();
     let mut last = Vec::new();
     tracker
         .collect(&mut |region, pages| last.push((region, pages)))
@@ -65,7 +66,21 @@ fn copy_over(bench: &Bench, source: &Guard, source_dir: &Path) {
     // Before the state is loaded: with KVM, loading it makes QEMU patch its own option ROM in guest memory
     // (`kvmvapic`), as every load of a QEMU with that device does.
     assert_eq!(different_pages(source, destination), [], "memory differs");
-    destination.load_device_state(&state).unwrap();
+    // It is loaded while it is being saved.
+    let (mut from, mut to) = std::io::pipe().unwrap();
+    std::thread::scope(|scope| {
+        let loading = scope.spawn(move || destination.load_device_state(&mut from));
+        source.save_device_state(64 << 20, &mut to).unwrap();
+        drop(to);
+        loading.join().unwrap().unwrap();
+    });
+    let mut late = Vec::new();
+    tracker
+        .collect(&mut |region, pages| late.push((region, pages)))
+        .unwrap();
+    assert_eq!(late, [], "saving the state wrote guest memory");
+    source.settle();
+    destination.settle();
     assert_eq!(destination.run_state().unwrap(), RunState::Paused);
     let before = sweeps(&destination_dir);
     destination.resume().unwrap();
@@ -79,6 +94,35 @@ fn copy_over(bench: &Bench, source: &Guard, source_dir: &Path) {
 #[test]
 fn a_vm_is_copied_from_outside_under_tcg_and_goes_on() {
     migrate(Accel::Tcg, vec![128 << 20]);
+}
+
+#[test]
+fn a_state_that_is_not_to_be_used_is_not_loaded() {
+    let bench = Bench::new();
+    let machine = bench.machine(Accel::Tcg, vec![96 << 20]);
+    let source = Guard(bench.qemu.spawn(&machine, &bench.path("a")).unwrap());
+    let descriptor = source.0.describe().unwrap();
+    let prepared = bench.qemu.prepare(&descriptor, &bench.path("b"), 8 << 30);
+    let destination = Guard(prepared.unwrap_or_else(|error| panic!("{error:?}")));
+    source.0.prepare_to_save().unwrap();
+    source.0.pause().unwrap();
+    let mut state = Vec::new();
+    source.0.save_device_state(64 << 20, &mut state).unwrap();
+    let half = std::io::Cursor::new(&state[..state.len() / 2]);
+    let error = destination.0.load_device_state(&mut half.chain(Broken));
+    let error = error.unwrap_err();
+    assert!(matches!(error, Error::DeviceStateGiven(_)), "{error}");
+    assert_ne!(destination.0.run_state().ok(), Some(RunState::Paused));
+    source.0.resume().unwrap();
+}
+
+/// Gives nothing but errors.
+struct Broken;
+
+impl Read for Broken {
+    fn read(&mut self, _: &mut [u8]) -> std::io::Result<usize> {
+        Err(std::io::Error::other("it is another"))
+    }
 }
 
 #[test]

@@ -142,7 +142,8 @@ pub(crate) fn halfway(bench: &Bench, accel: Accel, bytes: u64) -> (Guard, Vec<u8
     let container = Guard(container.unwrap_or_else(|error| panic!("{error:?}")));
     source.0.prepare_to_save().unwrap();
     source.0.pause().unwrap();
-    let state = source.0.save_device_state(64 << 20).unwrap();
+    let mut state = Vec::new();
+    source.0.save_device_state(64 << 20, &mut state).unwrap();
     (source, state, container)
 }
 
@@ -155,7 +156,7 @@ fn runs_before_its_pages_are_here(accel: Accel) {
     let missing = destination.0.miss_pages().unwrap();
     let from = source.0.ram().unwrap();
     let server = Server::start(Arc::clone(&from), Arc::clone(&missing));
-    destination.0.load_device_state(&state).unwrap();
+    destination.0.load_device_state(&mut &state[..]).unwrap();
     destination.0.resume().unwrap();
     // The first one was begun at the source.
     wait_for("a whole sweep on faults alone", 60, || sweeps(&dir) >= 2);
@@ -350,7 +351,7 @@ fn another_process_serves_until_it_is_killed() {
     let memory = std::fs::read(dir.join("memory")).unwrap();
     let state = std::fs::read(dir.join("state")).unwrap();
     let loads = std::thread::spawn(move || {
-        vm.load_device_state(&state).unwrap();
+        vm.load_device_state(&mut &state[..]).unwrap();
         vm.resume().unwrap();
     });
     let mut served = BTreeSet::new();

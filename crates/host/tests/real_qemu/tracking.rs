@@ -175,7 +175,9 @@ fn a_qemu_without_privileges_is_followed_too() {
     // It may not enter the VM's directory.
     vm.0.prepare_to_save().unwrap();
     vm.0.pause().unwrap();
-    assert!(!vm.0.save_device_state(64 << 20).unwrap().is_empty());
+    let mut state = Vec::new();
+    vm.0.save_device_state(64 << 20, &mut state).unwrap();
+    assert!(!state.is_empty());
     vm.0.resume().unwrap();
 }
 

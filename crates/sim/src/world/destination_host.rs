@@ -133,6 +133,7 @@ impl World {
                 });
                 self.received_versions = vec![0; PAGES as usize];
                 self.state_arrived = false;
+                self.state_sealed = false;
                 let post_copy = self.wishes != PostCopyUse::No && self.post_copy_possible;
                 if self.wishes == PostCopyUse::Required && !post_copy {
                     (op, Ok(DestinationDone::Blocked(Vec::new())))
@@ -143,7 +144,7 @@ impl World {
             ContainerJob::Load(op) | ContainerJob::Activate(op) if fails || !alive => {
                 (op, Err(failed(!alive)))
             }
-            ContainerJob::Load(op) if !self.state_arrived => {
+            ContainerJob::Load(op) if !self.state_arrived || !self.state_sealed => {
                 // It follows on the stream: look again.
                 self.destination_jobs.push_front(ContainerJob::Load(op));
                 return self.next_destination_job();
@@ -278,9 +279,10 @@ impl World {
                 let delay = self.delay(30);
                 self.after(delay, Event::SourceLost(end));
             }
-            DestinationAction::LoadDeviceState(op, seal) => {
+            DestinationAction::SealDeviceState(_) => self.state_sealed = true,
+            DestinationAction::LoadDeviceState { op, post_copy } => {
                 if let Some(copy) = &mut self.copies[1] {
-                    copy.waits = seal.post_copy;
+                    copy.waits = post_copy;
                 }
                 self.destination_jobs.push_back(ContainerJob::Load(op));
             }
@@ -294,6 +296,9 @@ impl World {
                 self.destination_jobs.push_back(ContainerJob::Activate(op));
             }
             DestinationAction::Terminate(op) => {
+                // A load that still waits for its state is given up.
+                self.destination_jobs
+                    .retain(|job| !matches!(job, ContainerJob::Load(_)));
                 self.destination_jobs.push_back(ContainerJob::Terminate(op));
             }
             DestinationAction::Finish(ending) => {

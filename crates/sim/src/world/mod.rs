@@ -89,7 +89,9 @@ enum Event {
     ToDestination(u32, Message),
     SourceLost(u32),
     DestinationLost(u32),
-    Pages(u32, Vec<(u64, u64)>),
+    /// Pages, and whether they belong to a round.
+    Pages(u32, Vec<(u64, u64)>, bool),
+    Drained(u32, bool),
     RoundEnd(u32, u32, bool),
     Stale(u32, Vec<u64>),
     Pushed(u32),
@@ -162,6 +164,7 @@ struct World {
     destination_timer: u64,
     received_versions: Vec<u64>,
     state_arrived: bool,
+    state_sealed: bool,
     wishes: PostCopyUse,
     ran: bool,
     expecting: Option<Op>,
@@ -273,6 +276,7 @@ impl World {
             destination_timer: u64::MAX,
             received_versions: vec![0; PAGES as usize],
             state_arrived: false,
+            state_sealed: false,
             wishes: PostCopyUse::No,
             ran: false,
             expecting: None,
@@ -528,7 +532,14 @@ impl World {
                 self.destination_lost(connection);
             }
             Event::SourceLost(_) | Event::DestinationLost(_) => {}
-            Event::Pages(connection, pages) => self.pages(connection, &pages),
+            Event::Pages(connection, pages, direct) => self.pages(connection, &pages, direct),
+            Event::Drained(connection, post_copy) => {
+                if connection == self.session_connection
+                    && let Some(destination) = &mut self.destination
+                {
+                    destination.handle_drained(now, post_copy);
+                }
+            }
             Event::RoundEnd(connection, round, last) => {
                 if connection == self.session_connection
                     && let Some(destination) = &mut self.destination

@@ -117,13 +117,17 @@ impl World {
                 }
                 (op, Ok(SourceDone::Done))
             }
-            VmJob::Save(op) => (
-                op,
-                Ok(SourceDone::DeviceState {
-                    bytes: 100,
-                    sha256: Sha256([0; 32]),
-                }),
-            ),
+            VmJob::Save(op) => {
+                self.saving_writes();
+                self.put_on_wire(Event::State(self.source_end), false);
+                (
+                    op,
+                    Ok(SourceDone::DeviceState {
+                        bytes: 100,
+                        sha256: Sha256([0; 32]),
+                    }),
+                )
+            }
             VmJob::Resume(op) => {
                 if let Some(copy) = &mut self.copies[0] {
                     copy.run = Run::Running;
@@ -230,13 +234,13 @@ impl World {
                     source.handle_throttle_failed(&Reason::new("throttle", "not here"));
                 }
             }
-            SourceAction::SendStale { op, pages, round } => {
+            SourceAction::SendStale { op, pages } => {
                 let stale: Vec<u64> = (0..PAGES).filter(|&page| pages.contains(0, page)).collect();
                 for &page in &stale {
                     self.sent_versions[page as usize] = 0;
                 }
                 self.put_on_wire(Event::Stale(self.source_end, stale), false);
-                self.put_on_wire(Event::RoundEnd(self.source_end, round, true), false);
+                self.put_on_wire(Event::Drained(self.source_end, true), false);
                 self.after(100, Event::SourceDone(life, op, Ok(SourceDone::Done)));
             }
             SourceAction::SendUrgent { op, block } => {
@@ -245,7 +249,7 @@ impl World {
                     pages.insert(0, page..page + 1);
                 }
                 let versions = self.read_pages(&pages, 0);
-                self.put_on_wire(Event::Pages(self.source_end, versions), false);
+                self.put_on_wire(Event::Pages(self.source_end, versions, false), false);
                 let delay = self.delay(5);
                 self.after(delay, Event::SourceDone(life, op, Ok(SourceDone::Done)));
             }
@@ -278,10 +282,6 @@ impl World {
                 self.send_pages(&pages, round, then);
                 let delay = self.delay(20);
                 self.after(delay, Event::SourceDone(life, op, Ok(SourceDone::Done)));
-            }
-            SourceAction::SendDeviceState(op) => {
-                self.put_on_wire(Event::State(self.source_end), false);
-                self.after(100, Event::SourceDone(life, op, Ok(SourceDone::Done)));
             }
             SourceAction::ComputeRoot(op) => {
                 let root = root(&self.sent_versions);
@@ -318,13 +318,29 @@ impl World {
                 self.sent_versions[page as usize] = version;
             }
         }
-        self.put_on_wire(Event::Pages(self.source_end, versions), false);
+        self.put_on_wire(Event::Pages(self.source_end, versions, !serving), false);
         match then {
             RoundMark::None => {}
+            RoundMark::Drained => {
+                self.put_on_wire(Event::Drained(self.source_end, false), false);
+            }
             RoundMark::End | RoundMark::Last => {
                 self.put_on_wire(Event::RoundEnd(self.source_end, round, last), false);
             }
             RoundMark::Pushed => self.put_on_wire(Event::Pushed(self.source_end), false),
+        }
+    }
+
+    /// Saving the state of devices may write guest memory.
+    fn saving_writes(&mut self) {
+        if !self.random.one_in(3) {
+            return;
+        }
+        let page = self.random.below(PAGES);
+        if let Some(copy) = &mut self.copies[0] {
+            copy.memory[page as usize] += 1000;
+            copy.dirty.insert(0, page..page + 1);
+            self.paused_memory = Some(copy.memory.clone());
         }
     }
 

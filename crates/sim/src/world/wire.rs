@@ -24,6 +24,7 @@ impl World {
                         | Event::ToDestination(..)
                         | Event::Pages(..)
                         | Event::RoundEnd(..)
+                        | Event::Drained(..)
                         | Event::Stale(..)
                         | Event::Pushed(_)
                         | Event::State(_)
@@ -189,20 +190,21 @@ impl World {
         self.send_to_source(Message::Verdict(answer));
     }
 
-    pub(super) fn pages(&mut self, connection: u32, pages: &[(u64, u64)]) {
+    pub(super) fn pages(&mut self, connection: u32, pages: &[(u64, u64)], direct: bool) {
         if connection != self.session_connection || self.destination.is_none() {
             return;
         }
         if let Some(copy) = &mut self.copies[1] {
             for &(page, version) in pages {
                 let page = page as usize;
-                if !copy.waits {
+                if direct {
                     copy.memory[page] = version;
                     self.received_versions[page] = version;
                 } else if copy.memory[page] == 0 {
                     // What the guest has written since is newer.
                     copy.memory[page] = version;
-                    let paused = self.paused_memory.as_ref();
+                    // Before it runs, what saving the devices wrote may still come.
+                    let paused = self.paused_memory.as_ref().filter(|_| self.ran);
                     self.corrupt |= paused.is_some_and(|memory| memory[page] != version);
                 }
             }

@@ -61,7 +61,7 @@ pub(crate) struct Guest {
 
 impl Guest {
     pub(crate) fn new(load: Workload) -> Self {
-        let layout = RamLayout::new(vec![PAGES]).unwrap();
+        let layout = RamLayout::new(vec![PAGES]).expect("a layout");
         let mut random = Random(load.seed);
         Self {
             position: random.below(load.working_set_mib << 8),

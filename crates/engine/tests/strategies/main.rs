@@ -85,7 +85,7 @@ fn compare(setting: Setting, load: Workload) -> Result<(Outcome, Outcome), Strin
             migrate(setting_plain, Workload { seed, ..load })
         })
         .max_by_key(|outcome| (!outcome.completed, outcome.total))
-        .unwrap();
+        .expect("four runs");
     let wrong = |what: &str| {
         let notes = auto.notes.join("\n  ");
         let (plain, auto) = (shown(&plain), shown(&auto));

@@ -97,7 +97,7 @@ pub(crate) fn migrate(setting: Setting, load: Workload) -> Outcome {
         limits: setting.limits,
         timing: Timing::default(),
         software: "test".to_owned(),
-        layout: Some(RamLayout::new(vec![PAGES]).unwrap()),
+        layout: Some(RamLayout::new(vec![PAGES]).expect("a layout")),
     };
     let mut world = World {
         source: Source::new(Time::default(), config, offer),
@@ -151,7 +151,7 @@ impl World {
             self.now = self.now.max(next);
             self.guest.run(self.now);
             if event == Some(next) {
-                let (_, event) = self.events.pop_first().unwrap();
+                let (_, event) = self.events.pop_first().expect("an event");
                 match event {
                     Event::Done(op, done) => self.source.handle_done(self.now, op, Ok(done)),
                     Event::Message(message) => self.source.handle_message(self.now, 1, message),

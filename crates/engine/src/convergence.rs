@@ -93,6 +93,12 @@ impl Predictor {
             .is_some_and(|time| time <= NEGLIGIBLE || time + OVERHEAD <= limits.max_downtime)
     }
 
+    /// Bytes that move within the pause that was asked for; 0 before the first round.
+    pub fn pause_bytes(&self, limits: &Limits) -> u64 {
+        let pages = limits.max_downtime.saturating_sub(OVERHEAD);
+        (self.rate_bytes_per_s.unwrap_or(0.0) * pages.max(NEGLIGIBLE).as_secs_f64()) as u64
+    }
+
     /// Bytes that will probably still move when `remaining_bytes` of this round are left: the rounds that
     /// follow shrink by the ratio of dirty rate to rate.
     pub fn future_bytes(&self, remaining_bytes: u64) -> u64 {

@@ -617,7 +617,7 @@ impl Source {
                     ..
                 }),
                 SourceDone::Collected(pages),
-            ) if *expected == op => self.peeked(&pages),
+            ) if *expected == op => self.peeked(now, &pages),
             (
                 State::Sending(Sending {
                     step: SendingStep::Slice(expected, false),

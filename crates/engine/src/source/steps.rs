@@ -13,10 +13,12 @@ use crate::pages::{PAGE_BYTES, PageSet};
 use crate::strategy::{Boundary, Next, Strategy};
 use crate::time::Time;
 
-/// Pages of a round that are given to the streams at once where pages that were written again are left out: 64 MiB.
-const SLICE_PAGES: u64 = 16_384;
-/// Rounds of fewer pages wait for more, where others wait anyway: 1 MiB.
-const TINY_PAGES: u64 = 256;
+/// Most pages of a round that are given to the streams at once where pages that were written again are left out: 64 MiB.
+const SLICE_PAGES_MAX: u64 = 16_384;
+/// Least of them: 1 MiB.
+const SLICE_PAGES_MIN: u64 = 256;
+/// The same while nothing is known of the path: 8 MiB.
+const SLICE_PAGES_FIRST: u64 = 2048;
 /// How long nothing is done when nothing but pages that wait for the last round is left.
 const CALM: Duration = Duration::from_millis(50);
 
@@ -52,6 +54,7 @@ impl Source {
             rounds,
             written: &pages,
             left: &left,
+            sent_bytes: self.round_sent_pages * PAGE_BYTES,
             elapsed: now - self.progress.began,
             predictor: &self.progress.predictor,
         });
@@ -75,10 +78,7 @@ impl Source {
         sends.subtract(postponed);
         self.mark = now;
         self.round_sent_pages = 0;
-        // With pages waiting, one round of next to nothing would follow the other.
-        let auto = self.scheduler.strategy() == Strategy::Auto;
-        let tiny = auto && sends.len() < TINY_PAGES && !postponed.is_empty();
-        if (sends.is_empty() || tiny) && self.progress.rounds > 0 {
+        if sends.is_empty() && self.progress.rounds > 0 {
             self.backlog = Some(left);
             self.state = State::Calm;
             self.deadline = Some(now + CALM);
@@ -92,14 +92,14 @@ impl Source {
             rest: sends,
             cursor: (0, 0),
         });
-        self.send_slice();
+        self.send_slice(now);
     }
 
     /// Gives the streams the next pages of the round.
-    fn send_slice(&mut self) {
+    fn send_slice(&mut self, now: Time) {
         let op = self.op();
         let slice_pages = if self.scheduler.strategy().skips_written() {
-            SLICE_PAGES
+            self.slice_pages(now)
         } else {
             u64::MAX
         };
@@ -124,6 +124,21 @@ impl Source {
         });
     }
 
+    /// About a second's worth: what is decided between slices must not wait for long.
+    fn slice_pages(&self, now: Time) -> u64 {
+        let elapsed = now - self.mark;
+        let rate_bytes_per_s = if self.round_sent_pages > 0 && !elapsed.is_zero() {
+            let sent = self.round_sent_pages * PAGE_BYTES;
+            (sent as f64 / elapsed.as_secs_f64()) as u64
+        } else {
+            self.progress.predictor.rate_bytes_per_s()
+        };
+        match rate_bytes_per_s / PAGE_BYTES {
+            0 => SLICE_PAGES_FIRST,
+            pages => pages.clamp(SLICE_PAGES_MIN, SLICE_PAGES_MAX),
+        }
+    }
+
     /// Looks which pages of the round were written again before their turn has come.
     pub(super) fn peek(&mut self) {
         let op = self.op();
@@ -134,15 +149,26 @@ impl Source {
     }
 
     /// Leaves out what was written again: the next collection names it anyway (`TO_SKIP` of Ma et al.).
-    pub(super) fn peeked(&mut self, written: &PageSet) {
+    /// Where time runs out the rest stays behind too.
+    pub(super) fn peeked(&mut self, now: Time, written: &PageSet) {
+        let elapsed = now - self.progress.began;
         if let State::Sending(sending) = &mut self.state {
             let before = sending.rest.len();
             sending.rest.subtract(written);
             let skipped = before - sending.rest.len();
             self.progress.pages_skipped += skipped;
             self.progress.round_pages = self.progress.round_pages.saturating_sub(skipped);
+            if self.scheduler.cuts_round(elapsed) {
+                let none = PageSet::empty(written.layout());
+                let rest = std::mem::replace(&mut sending.rest, none);
+                self.progress.round_pages = self.progress.round_pages.saturating_sub(rest.len());
+                match &mut self.backlog {
+                    Some(backlog) => backlog.union(&rest),
+                    None => self.backlog = Some(rest),
+                }
+            }
         }
-        self.send_slice();
+        self.send_slice(now);
     }
 
     fn switch_over(&mut self, now: Time, left: PageSet, post_copy: bool) {

@@ -19,6 +19,8 @@ pub(super) struct HotPages {
     last: Option<PageSet>,
     /// Pages written since this time.
     seen: Option<(Duration, PageSet)>,
+    /// Pages written in the [`WINDOW`] before.
+    earlier: Option<PageSet>,
 }
 
 impl HotPages {
@@ -28,11 +30,13 @@ impl HotPages {
             .seen
             .get_or_insert_with(|| (now, PageSet::empty(written.layout())));
         seen.union(written);
-        if let Some(last) = &mut self.last
-            && now.saturating_sub(*since) >= WINDOW
-        {
-            last.intersect(seen);
-            (*since, *seen) = (now, PageSet::empty(written.layout()));
+        if now.saturating_sub(*since) >= WINDOW {
+            if let Some(last) = &mut self.last {
+                last.intersect(seen);
+            }
+            let seen = std::mem::replace(seen, PageSet::empty(written.layout()));
+            self.earlier = Some(seen);
+            *since = now;
         }
         let mut waiting = written.clone();
         match &self.before {
@@ -46,6 +50,17 @@ impl HotPages {
         self.last = Some(waiting.clone());
         waiting.intersect(left);
         waiting
+    }
+
+    /// The pages of `left` that were written within the last [`WINDOW`], or not long before.
+    pub(super) fn busy(&self, left: &PageSet) -> PageSet {
+        let mut busy = PageSet::empty(left.layout());
+        let seen = self.seen.as_ref().map(|(_, seen)| seen);
+        for written in seen.into_iter().chain(&self.earlier) {
+            busy.union(written);
+        }
+        busy.intersect(left);
+        busy
     }
 }
 

@@ -7,11 +7,12 @@
 //! | improved | the same, but pages that are written all the time wait for the last round | the last round | Ma et al., ICIA 2010 |
 //! | post-copy | none | the device state | Hines and Gopalan, VEE 2009 |
 //! | hybrid | a few, then the rest after the switchover | the device state | Hines and Gopalan, VEE 2009 |
-//! | auto | as improved; then what was allowed, if it does not converge | | |
+//! | auto | as pre-copy, as long as rounds shrink; pages wait as under improved where the pause has room for them, see `pace`; then what was allowed | | |
 //!
 //! A [`Scheduler`] is asked at every boundary of a round. It sees sets and rates, never a page or a clock.
 
 mod hot;
+mod pace;
 mod stall;
 
 use std::time::Duration;
@@ -19,6 +20,7 @@ use std::time::Duration;
 use minicbor::{Decode, Encode};
 
 use self::hot::HotPages;
+use self::pace::Pace;
 use self::stall::Stall;
 use crate::convergence::{Limits, Predictor};
 use crate::pages::PageSet;
@@ -29,8 +31,10 @@ const IMPROVED_ROUNDS: u32 = 5;
 const HYBRID_ROUNDS: u32 = 3;
 /// Share of the time allowed after which a migration that does not converge does what it may.
 const LATE: f64 = 0.7;
-/// Share of the rate of the path below which the guest's writes let rounds shrink quickly enough.
-const CONVERGING: f64 = 0.7;
+/// Share of the pause that pages may fill which wait for it while rounds still shrink.
+const WAITING: f64 = 0.8;
+/// Rounds of fewer bytes wait for more, where others wait anyway: 1 MiB.
+const TINY_BYTES: u64 = 1 << 20;
 /// How long a step of throttling is given.
 const THROTTLE_STEP: Duration = Duration::from_secs(1);
 /// Steps of throttling, as shares of the VM's CPU time. QEMU's auto-converge goes from 80 % down to 1 %.
@@ -122,6 +126,8 @@ pub struct Boundary<'a> {
     pub written: &'a PageSet,
     /// Pages whose newest version has not been sent: `written`, and what was left out before.
     pub left: &'a PageSet,
+    /// Bytes of pages sent since the last boundary.
+    pub sent_bytes: u64,
     /// Time since the migration began.
     pub elapsed: Duration,
     /// Rates so far.
@@ -169,10 +175,13 @@ pub struct Scheduler {
     post_copy: bool,
     hot: HotPages,
     stall: Stall,
+    pace: Pace,
     /// Steps of throttling taken.
     throttled: usize,
     throttle_works: bool,
     throttled_at: Duration,
+    /// Whether a round was cut short because of the time.
+    cut: bool,
 }
 
 impl Scheduler {
@@ -184,9 +193,11 @@ impl Scheduler {
             post_copy: false,
             hot: HotPages::default(),
             stall: Stall::default(),
+            pace: Pace::default(),
             throttled: 0,
             throttle_works: true,
             throttled_at: Duration::ZERO,
+            cut: false,
         }
     }
 
@@ -219,12 +230,26 @@ impl Scheduler {
         self.throttled > 0
     }
 
+    /// Whether the round under way ends now, because time is running out and something else may be done. Its other pages
+    /// are left at the boundary that follows. True once at most: more short rounds would not help.
+    pub fn cuts_round(&mut self, elapsed: Duration) -> bool {
+        let post_copy = self.post_copy && self.limits.allowed.post_copy;
+        let other = post_copy || self.may_throttle() && !self.is_throttled();
+        let cuts = self.strategy == Strategy::Auto && !self.cut && other && self.late(elapsed);
+        self.cut |= cuts;
+        cuts
+    }
+
     /// Decides.
     pub fn decide(&mut self, at: &Boundary<'_>) -> Decision {
         let left = at.left.bytes();
         let fits = at.rounds > 0 && at.predictor.fits(&self.limits, left);
         if at.rounds > 0 {
             self.stall.round(left);
+            let stalled = self.stall.stalled();
+            if self.strategy == Strategy::Auto && self.pace.boundary(at, &self.limits, stalled) {
+                self.stall.forget();
+            }
         }
         match self.strategy {
             Strategy::StopAndCopy => decision(Next::Switchover, "stop-and-copy was asked for"),
@@ -254,15 +279,20 @@ impl Scheduler {
         if !self.strategy.skips_written() || at.rounds == 0 {
             return Next::Round { postponed: none };
         }
-        let hot = self.hot.round(at.elapsed, at.written, at.left);
-        let dirty = at.predictor.dirty_rate_bytes_per_s() as f64;
-        let converges = dirty < at.predictor.rate_bytes_per_s() as f64 * CONVERGING;
-        // Rounds that shrink by themselves get at the hot pages too, and only then can the pause get short.
-        let postponed = if self.strategy == Strategy::Auto && converges {
-            none
-        } else {
-            hot
-        };
+        let mut postponed = self.hot.round(at.elapsed, at.written, at.left);
+        if self.strategy == Strategy::Auto {
+            let pause = at.predictor.pause_bytes(&self.limits) as f64;
+            if self.pace.rests() {
+                postponed = self.hot.busy(at.left);
+                // One round of next to nothing would follow the other.
+                if at.left.bytes() - postponed.bytes() < TINY_BYTES {
+                    postponed = at.left.clone();
+                }
+            } else if self.pace.is_plain() || postponed.bytes() as f64 > pause * WAITING {
+                postponed = none;
+            }
+            self.pace.postpone(&postponed);
+        }
         Next::Round { postponed }
     }
 
@@ -310,18 +340,23 @@ impl Scheduler {
     }
 
     fn auto(&mut self, at: &Boundary<'_>) -> Decision {
-        let late = at.elapsed.as_secs_f64() >= self.limits.deadline.as_secs_f64() * LATE;
-        let stuck = self.stall.stalled() || late;
-        if !stuck {
+        let late = self.late(at.elapsed);
+        let post_copy = self.post_copy && self.limits.allowed.post_copy;
+        let other = post_copy || self.may_throttle();
+        let too_slow = other && self.pace.too_slow(at, &self.limits);
+        if !late && !too_slow && !self.pace.rests() {
             return decision(self.round(at), "each round leaves less behind");
         }
         let because = if late {
             "the time allowed is running out"
+        } else if too_slow {
+            "rounds would not be done within the time allowed"
         } else {
             "rounds do not leave less behind any more"
         };
-        // Throttling harms the VM less than depending on two hosts: it comes first.
-        let throttle = self.limits.allowed.throttle && self.throttle_works && !late;
+        // Throttling harms the VM less than depending on two hosts: it comes first, as long as there is time for it.
+        let needed = self.pace.rests() || !self.pace.in_time(at, &self.limits);
+        let throttle = needed && self.may_throttle() && !(late && post_copy);
         if throttle && let Some(share) = SHARES.get(self.throttled) {
             if self.throttled > 0 && at.elapsed < self.throttled_at + THROTTLE_STEP {
                 return decision(self.round(at), "waiting for what throttling brings");
@@ -329,6 +364,7 @@ impl Scheduler {
             self.throttled += 1;
             self.throttled_at = at.elapsed;
             self.stall.forget();
+            self.pace.throttled();
             let Next::Round { postponed } = self.round(at) else {
                 return self.give_up(at);
             };
@@ -342,7 +378,7 @@ impl Scheduler {
             );
             return decision(next, why);
         }
-        if self.post_copy && self.limits.allowed.post_copy && (late || self.stall.at_minimum()) {
+        if post_copy && (late || self.stall.at_minimum()) {
             let why = format!("{because}: post-copy was allowed");
             return decision(Next::PostCopy, why);
         }
@@ -350,6 +386,14 @@ impl Scheduler {
             self.round(at),
             format!("{because}; trying on until the deadline"),
         )
+    }
+
+    fn may_throttle(&self) -> bool {
+        self.limits.allowed.throttle && self.throttle_works
+    }
+
+    fn late(&self, elapsed: Duration) -> bool {
+        elapsed.as_secs_f64() >= self.limits.deadline.as_secs_f64() * LATE
     }
 
     fn give_up(&self, at: &Boundary<'_>) -> Decision {

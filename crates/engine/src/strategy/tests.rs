@@ -16,6 +16,7 @@ struct Model {
     rounds: u32,
     elapsed: Duration,
     sent_pages: u64,
+    sent_bytes: u64,
     share: f64,
     shares: Vec<f64>,
 }
@@ -46,6 +47,7 @@ impl Model {
             rounds: 0,
             elapsed: Duration::ZERO,
             sent_pages: 0,
+            sent_bytes: 0,
             share: 1.0,
             shares: Vec::new(),
         }
@@ -59,6 +61,7 @@ impl Model {
                 rounds: self.rounds,
                 written: &written,
                 left: &self.left,
+                sent_bytes: self.sent_bytes,
                 elapsed: self.elapsed,
                 predictor: &self.predictor,
             });
@@ -77,6 +80,7 @@ impl Model {
                 .max(Duration::from_millis(100));
             self.elapsed += time;
             self.sent_pages += sends.len();
+            self.sent_bytes = sends.bytes();
             self.left.intersect(&postponed);
             // All hot pages are written within a second where the guest runs at full speed.
             let hot = self.hot.len();

@@ -257,7 +257,6 @@ impl World {
                 };
                 self.at(self.now + SAVE, Event::Done(op, done));
             }
-            SourceAction::SendDeviceState(op) => self.done(op, SHORT),
             SourceAction::ComputeRoot(op) => {
                 let done = SourceDone::Root(Root([0; 32]));
                 self.at(self.now, Event::Done(op, done));

@@ -10,7 +10,7 @@ use crate::message::{Reason, Verdict};
 use crate::order::Order;
 
 /// A record of the source.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 pub enum SourceRecord {
     /// A migration begins; the VM is ours.
     #[n(0)]
@@ -33,7 +33,7 @@ pub enum SourceRecord {
 }
 
 /// A record of the destination.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 pub enum DestinationRecord {
     /// An order was accepted; a container may exist.
     #[n(0)]

@@ -69,7 +69,7 @@ impl Default for Timing {
 }
 
 /// Who was last heard and spoken to, on one connection.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Hash)]
 pub(crate) struct Liveness {
     heard: Time,
     spoke: Time,

@@ -37,7 +37,7 @@ const ACTIVATE_ATTEMPTS: u32 = 5;
 const RETRY: Duration = Duration::from_secs(1);
 
 /// The state machine of a destination, see the [module](self).
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Destination {
     config: DestinationConfig,
     state: State,

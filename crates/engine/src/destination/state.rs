@@ -4,7 +4,7 @@ use super::action::Op;
 use crate::ids::Root;
 use crate::message::{Offer, Seal};
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) enum State {
     Greeting,
     AwaitOffer,

@@ -47,7 +47,7 @@ const RESUME_ATTEMPTS: u32 = 5;
 const REDIAL_MAX_POST_COPY: Duration = Duration::from_secs(1);
 
 /// The state machine of a source, see the [module](self).
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Source {
     config: SourceConfig,
     offer: Option<Offer>,

@@ -45,6 +45,10 @@ pub(super) enum State {
     RecordingEnd(Option<Op>),
     Activated(Op),
     AwaitErased,
+    /// Recording that a VM that is ours was never resumed and is not ours any more. Its container may be removed only
+    /// then: a restarted agent would take one that is gone for a VM that ran and ended. Without an operation it is tried
+    /// again at the deadline.
+    GivingBack(Option<Op>),
     Terminating {
         op: Op,
     },

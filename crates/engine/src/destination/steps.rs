@@ -155,7 +155,19 @@ impl Destination {
         }
     }
 
+    /// Gives the VM up, which has not run here.
     pub(super) fn terminate(&mut self) {
+        match self.order.clone() {
+            Some(order) if self.may_be_owned => {
+                let op = self.journal(DestinationRecord::Reserved(order));
+                self.deadline = None;
+                self.state = State::GivingBack(Some(op));
+            }
+            _ => self.remove(),
+        }
+    }
+
+    pub(super) fn remove(&mut self) {
         let op = self.op();
         self.deadline = None;
         self.state = State::Terminating { op };

@@ -293,7 +293,7 @@ impl Source {
             State::Retrying(Step::Release) => self.release(self.commit_epoch()),
             State::Retrying(Step::Erase) => self.erase(),
             State::Retrying(Step::Close) => self.close(),
-            State::InDoubt(_) => {
+            State::InDoubt(_) | State::AwaitRunning => {
                 let reason = Reason::new("peer-silent", "the destination does not answer");
                 self.connection_lost(now, reason);
             }

@@ -43,6 +43,15 @@ enum Task {
         /// Number of seeds
         #[arg(long, default_value_t = 5000)]
         seeds: u64,
+        /// Play only this one, and print every event
+        #[arg(long)]
+        seed: Option<u64>,
+    },
+    /// Explore every state of a handover within bounds
+    Model {
+        /// Passed on to the explorer
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
     },
     /// Measure side by side
     Bench {
@@ -95,20 +104,20 @@ fn perform(task: Task) -> Result<()> {
             guest::build()
         }
         Task::Tidy => tidy::check(),
-        Task::Sim { seeds } => {
-            let seeds = seeds.to_string();
+        Task::Sim { seeds, seed } => {
+            let what = match seed {
+                Some(seed) => format!("--seed={seed}"),
+                None => format!("--seeds={seeds}"),
+            };
             run(
                 "cargo",
-                &[
-                    "run",
-                    "--release",
-                    "-p",
-                    "palanquin-sim",
-                    "--",
-                    "--seeds",
-                    &seeds,
-                ],
+                &["run", "--release", "-p", "palanquin-sim", "--", &what],
             )
+        }
+        Task::Model { rest } => {
+            run("cargo", &["build", "--release", "-p", "palanquin-sim"])?;
+            let model = root().join("target/release/palanquin-model");
+            programs::visible(programs::program(model).args(rest))
         }
         Task::Bench { what } => {
             setup::require_root("the benches make network namespaces")?;

@@ -241,6 +241,37 @@ fn recovered_session(
 /// Ends the container of a migration that was never owned, and records that it is discarded.
 pub fn discard(agent: &Arc<Agent>, order: &Order) {
     info!(migration = %order.migration, "discarding: it was never committed here");
+    let superseded = match agent.store.superseded(order.migration) {
+        Ok(superseded) => superseded,
+        Err(problem) => {
+            let problem = chain(&problem);
+            error!(problem, "it is not known whose container is here");
+            return;
+        }
+    };
+    // With a newer migration of the same VM, that is the one whose container, or VM, is here.
+    if !superseded {
+        end_container(agent, order);
+    }
+    let reason = Reason::new(
+        "agent-restarted",
+        "the agent of the destination was restarted",
+    );
+    let record = DestinationRecord::Discarded(reason.clone());
+    if let Err(problem) = agent.store.record_destination(order, &record) {
+        error!(
+            problem = chain(&problem),
+            "the discard is not recorded; the source will ask again"
+        );
+        return;
+    }
+    if !superseded {
+        agent.remove_entry(order.vm);
+    }
+    done(agent, order, Outcome::RunningOnSource, Some(&reason));
+}
+
+fn end_container(agent: &Agent, order: &Order) {
     let entry = entry_of(agent, order);
     let dir = agent.vm_dir(order.vm);
     let ended = match entry.as_ref().and_then(|entry| entry.vm.as_ref()) {
@@ -254,20 +285,6 @@ pub fn discard(agent: &Arc<Agent>, order: &Order) {
         );
     }
     let _ = std::fs::remove_dir_all(dir);
-    let reason = Reason::new(
-        "agent-restarted",
-        "the agent of the destination was restarted",
-    );
-    let record = DestinationRecord::Discarded(reason.clone());
-    if let Err(problem) = agent.store.record_destination(order, &record) {
-        error!(
-            problem = chain(&problem),
-            "the discard is not recorded; the source will ask again"
-        );
-        return;
-    }
-    agent.remove_entry(order.vm);
-    done(agent, order, Outcome::RunningOnSource, Some(&reason));
 }
 
 /// Resumes a VM that this host owns and that was not resumed, or not known to be.

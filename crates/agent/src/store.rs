@@ -221,7 +221,7 @@ impl Store {
                 )?;
                 set_epoch(&transaction, order.vm, *epoch)?;
             }
-            DestinationRecord::Discarded(_) => {
+            DestinationRecord::Discarded(_) if !superseded(&transaction, order.migration)? => {
                 transaction.execute("DELETE FROM vms WHERE uuid = ?1", [&order.vm.0[..]])?;
             }
             _ => {}
@@ -245,6 +245,16 @@ impl Store {
             )
             .optional()?;
         Ok(found.is_some())
+    }
+
+    /// Whether a newer migration of the same VM was recorded. Then what is here of the VM is none of the older one's
+    /// business, whatever its newest record is: it may have ended without being able to say so.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read.
+    pub fn superseded(&self, id: MigrationId) -> Result<bool, StoreError> {
+        superseded(&self.lock(), id)
     }
 
     /// The order and all records of a migration to this host, oldest first.
@@ -272,7 +282,7 @@ impl Store {
         Ok(Some((decode(&order)?, records?)))
     }
 
-    /// All migrations whose newest record is not an end.
+    /// All migrations whose newest record is not an end, but for those after which another of the same VM began.
     ///
     /// # Errors
     ///
@@ -281,7 +291,8 @@ impl Store {
         let connection = self.lock();
         let mut statement = connection.prepare(
             "SELECT m.side, m.order_cbor, j.record FROM migrations m
-             JOIN journal j ON j.seq = (SELECT max(seq) FROM journal WHERE migration = m.id)",
+             JOIN journal j ON j.seq = (SELECT max(seq) FROM journal WHERE migration = m.id)
+             WHERE m.rowid = (SELECT max(rowid) FROM migrations WHERE vm = m.vm)",
         )?;
         let rows = statement.query_map([], |row| {
             Ok((
@@ -420,6 +431,15 @@ fn append<T: minicbor::Encode<()>>(
     Ok(())
 }
 
+fn superseded(connection: &Connection, id: MigrationId) -> Result<bool, StoreError> {
+    Ok(connection.query_row(
+        "SELECT EXISTS (SELECT 1 FROM migrations old JOIN migrations new ON new.vm = old.vm
+         WHERE old.id = ?1 AND new.rowid > old.rowid)",
+        [&id.0[..]],
+        |row| row.get(0),
+    )?)
+}
+
 fn learn_epoch(connection: &Connection, vm: VmId, epoch: Epoch) -> Result<(), StoreError> {
     connection.execute(
         "INSERT INTO epochs (uuid, epoch) VALUES (?1, ?2)
@@ -550,6 +570,40 @@ mod tests {
         assert_eq!(store.unfinished().unwrap().len(), 1);
         record(DestinationRecord::Activated);
         assert!(store.unfinished().unwrap().is_empty());
+    }
+
+    #[test]
+    fn an_older_migration_decides_nothing_about_a_vm_that_has_moved_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("palanquin.db")).unwrap();
+        let source = |order: &Order, record| store.record_source(order, &record).unwrap();
+        store.put_vm(&vm(false)).unwrap();
+        // The VM was taken back, which is the last word of that migration; the next one is in doubt.
+        source(&order(1), SourceRecord::Committed(Epoch(2)));
+        source(&order(1), SourceRecord::TakenBack(Epoch(3)));
+        source(&order(2), SourceRecord::Ordered(order(2)));
+        source(&order(2), SourceRecord::Committed(Epoch(4)));
+        let unfinished = store.unfinished().unwrap();
+        assert!(
+            matches!(&unfinished[..], [Unfinished::Source(o, SourceRecord::Committed(Epoch(4)))] if *o == order(2)),
+            "{unfinished:?}: a VM that may run elsewhere would be resumed"
+        );
+        assert!(store.superseded(MigrationId([1; 16])).unwrap());
+        assert!(!store.superseded(MigrationId([2; 16])).unwrap());
+    }
+
+    #[test]
+    fn a_late_discard_leaves_the_container_of_a_newer_migration() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("palanquin.db")).unwrap();
+        let record = |order: &Order, record| store.record_destination(order, &record).unwrap();
+        record(&order(1), DestinationRecord::Reserved(order(1)));
+        record(&order(2), DestinationRecord::Reserved(order(2)));
+        store.put_vm(&vm(true)).unwrap();
+        record(&order(2), DestinationRecord::Owned(Epoch(2)));
+        let late = DestinationRecord::Discarded(Reason::new("x", "y"));
+        record(&order(1), late);
+        assert_eq!(store.vms().unwrap().len(), 1);
     }
 
     #[test]

@@ -4,13 +4,14 @@
 //! The prediction counts the pages written during the last round against the smoothed rate at which pages
 //! were moved, and adds what a switchover costs even without pages.
 
+use std::hash::{Hash, Hasher};
 use std::time::Duration;
 
 use crate::pages::PAGE_BYTES;
 use crate::strategy::Allowed;
 
 /// What was asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Limits {
     /// Longest pause aimed at. Default 300 ms.
     pub max_downtime: Duration,
@@ -46,6 +47,13 @@ const WEIGHT_FULL_BYTES: f64 = 32.0 * 1024.0 * 1024.0;
 pub struct Predictor {
     rate_bytes_per_s: Option<f64>,
     dirty_bytes_per_s: f64,
+}
+
+impl Hash for Predictor {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.rate_bytes_per_s.map(f64::to_bits).hash(state);
+        self.dirty_bytes_per_s.to_bits().hash(state);
+    }
 }
 
 impl Predictor {

@@ -10,7 +10,7 @@ use crate::message::{Reason, Verdict};
 use crate::order::Order;
 
 /// A record of the source.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 pub enum SourceRecord {
     /// A migration begins; the VM is ours.
     #[n(0)]
@@ -33,9 +33,10 @@ pub enum SourceRecord {
 }
 
 /// A record of the destination.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 pub enum DestinationRecord {
-    /// An order was accepted; a container may exist.
+    /// An order was accepted; a container may exist. After `Owned` or `Pulling`: it could not be resumed, has never run
+    /// and is given back; it may be removed from here on, and is discarded.
     #[n(0)]
     Reserved(#[n(0)] Order),
     /// The VM is ours under this epoch.
@@ -112,7 +113,12 @@ impl DestinationRecord {
 /// A VM that still needs pages has a session, which answers for itself with [`Verdict::Pulling`]. Without one it is
 /// undecided: the source must keep the pages.
 pub fn verdict(records: &[DestinationRecord], session_at_work: bool) -> Verdict {
-    let owned = records.iter().rev().find_map(|record| match record {
+    // A reservation after `Owned` says that the VM never ran here and is about to be discarded.
+    let since_reserved = records
+        .rsplit(|record| matches!(record, DestinationRecord::Reserved(_)))
+        .next();
+    let mut newest_first = since_reserved.into_iter().flatten().rev();
+    let owned = newest_first.find_map(|record| match record {
         DestinationRecord::Owned(epoch) | DestinationRecord::Pulling(epoch) => Some(*epoch),
         _ => None,
     });
@@ -167,6 +173,12 @@ mod tests {
         assert_eq!(
             decide(&[pulling, DestinationRecord::Activated]),
             both(owned_5)
+        );
+        let given_back = [reserved.clone(), owned.clone(), reserved.clone()];
+        assert_eq!(decide(&given_back), both(Verdict::Undecided));
+        assert_eq!(
+            given_back.last().map(DestinationRecord::recovery),
+            Some(DestinationRecovery::Discard)
         );
         assert_eq!(
             decide(&[reserved, owned, discarded]),

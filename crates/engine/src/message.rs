@@ -25,7 +25,7 @@ pub const PRESENT_MAX: usize = 256 * 1024;
 pub const FAULT_BUCKETS: usize = 40;
 
 /// A message of the control channel.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 pub enum Message {
     /// First message of the side that connected.
     #[n(0)]
@@ -126,7 +126,7 @@ impl Message {
 }
 
 /// Versions and features on offer.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 #[cbor(map)]
 pub struct Hello {
     /// Versions of the protocol, best first.
@@ -141,7 +141,7 @@ pub struct Hello {
 }
 
 /// What was selected; empty where nothing fits.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 #[cbor(map)]
 pub struct HelloReply {
     /// The version, one of those on offer.
@@ -159,7 +159,7 @@ pub struct HelloReply {
 }
 
 /// The order and what a container needs.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 #[cbor(map)]
 pub struct Offer {
     /// The permission.
@@ -183,7 +183,7 @@ pub struct Offer {
 }
 
 /// Why a destination does not take the VM.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 #[cbor(map)]
 pub struct Refused {
     /// Whether a gate (identity, attestation, authorisation) refused, rather than the host being unable.
@@ -195,7 +195,7 @@ pub struct Refused {
 }
 
 /// One reason.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 #[cbor(map)]
 pub struct WireBlocker {
     /// Stable code.
@@ -210,7 +210,7 @@ pub struct WireBlocker {
 }
 
 /// The container is there.
-#[derive(Clone, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, PartialEq, Eq, Hash, Encode, Decode)]
 #[cbor(map)]
 pub struct Accepted {
     /// Data streams, at most as many as wanted.
@@ -235,7 +235,7 @@ impl std::fmt::Debug for Accepted {
 }
 
 /// A page that a virtual CPU waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 #[cbor(map)]
 pub struct Demand {
     /// Region of RAM.
@@ -247,7 +247,7 @@ pub struct Demand {
 }
 
 /// Some of the pages that are on the destination; those not named by any message are not.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 #[cbor(map)]
 pub struct Present {
     /// Region of RAM.
@@ -265,7 +265,7 @@ pub struct Present {
 }
 
 /// All pages have arrived after the VM began to run.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 #[cbor(map)]
 pub struct Complete {
     /// Root over the pages that arrived; absent where the destination was restarted meanwhile and does not know.
@@ -278,7 +278,7 @@ pub struct Complete {
 }
 
 /// From this the streams of a VM that runs before all of its pages are there are opened anew.
-#[derive(Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Encode, Decode)]
 #[cbor(map)]
 pub struct Rejoin {
     /// Data streams, without the one for pages that the VM waits for.
@@ -299,7 +299,7 @@ impl std::fmt::Debug for Rejoin {
 }
 
 /// What the destination must have when it has everything.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 #[cbor(map)]
 pub struct Seal {
     /// Number of rounds.
@@ -317,7 +317,7 @@ pub struct Seal {
 }
 
 /// Why a migration ends, in words that cross the wire.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 #[cbor(map)]
 pub struct Reason {
     /// Stable code.
@@ -345,7 +345,7 @@ impl std::fmt::Display for Reason {
 }
 
 /// A question of a source in doubt.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 #[cbor(map)]
 pub struct Query {
     /// The migration.
@@ -357,7 +357,7 @@ pub struct Query {
 }
 
 /// What the destination's durable record says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 pub enum Verdict {
     /// The destination owns the VM since this epoch.
     #[n(0)]

@@ -9,7 +9,7 @@ pub const NAME_MAX: usize = 64;
 
 /// Permission to move one VM from one host to another, once. It travels inside the mutually authenticated
 /// channel, so its source is the host whose certificate the channel shows.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 #[cbor(map)]
 pub struct Order {
     /// The migration; an identity that was seen before is refused.

@@ -26,7 +26,7 @@ pub enum LayoutError {
 }
 
 /// Sizes of a VM's regions of RAM, checked.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct RamLayout {
     region_pages: Vec<u64>,
 }
@@ -75,7 +75,7 @@ impl RamLayout {
 }
 
 /// A set of pages of a VM, one bit each: 32 KiB for each GiB of RAM.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PageSet {
     layout: RamLayout,
     words: Vec<Vec<u64>>,
@@ -278,7 +278,7 @@ impl PageSet {
 }
 
 /// Some pages of one 1 MiB block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Block {
     /// Region.
     pub region: u16,

@@ -47,7 +47,8 @@ pub struct Timing {
     pub handshake: Duration,
     /// Longest wait for the destination's container. Default 60 s.
     pub reservation: Duration,
-    /// Longest time from the pause to `Ready`; then the VM is resumed on the source. Default 30 s.
+    /// Longest time from the pause to `Ready`; then the VM is resumed on the source. Also the longest wait for `Running`
+    /// after the commit; then the source asks on a new connection. Default 30 s.
     pub switchover: Duration,
     /// First delay before a source in doubt dials again; doubles up to `redial_max`. Default 200 ms.
     pub redial_min: Duration,
@@ -69,7 +70,7 @@ impl Default for Timing {
 }
 
 /// Who was last heard and spoken to, on one connection.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Hash)]
 pub(crate) struct Liveness {
     heard: Time,
     spoke: Time,

@@ -5,6 +5,7 @@
 //! killed the VM's hypervisor.
 #![forbid(unsafe_code)]
 
+pub mod model;
 pub mod mutation;
 pub mod random;
 mod world;

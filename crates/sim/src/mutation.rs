@@ -35,10 +35,20 @@ pub enum Mutation {
     KeepStalePages,
     /// A restarted destination lets accesses to missing pages see zeros.
     RecoveryForgetsMissing,
+    /// The source resumes its VM when the destination has not decided yet.
+    ResumeOnUndecided,
+    /// An order of an epoch that is over is accepted.
+    StaleEpochAccepted,
+    /// What somebody on the path altered, repeated or reordered is taken for what was sent.
+    PathIsTrusted,
+    /// A connection that broke delivers half a message as if it were whole.
+    HalfMessageAccepted,
+    /// The source takes the VM back when the other side says so, whatever it has recorded.
+    AbortUndoesCommit,
 }
 
 /// All of them.
-pub const ALL: [Mutation; 16] = [
+pub const ALL: [Mutation; 21] = [
     Mutation::ResumeOnLostConnection,
     Mutation::CommitBeforeDurable,
     Mutation::RunBeforeOwnedIsDurable,
@@ -55,4 +65,9 @@ pub const ALL: [Mutation; 16] = [
     Mutation::ClaimMissingPagePresent,
     Mutation::KeepStalePages,
     Mutation::RecoveryForgetsMissing,
+    Mutation::ResumeOnUndecided,
+    Mutation::StaleEpochAccepted,
+    Mutation::PathIsTrusted,
+    Mutation::HalfMessageAccepted,
+    Mutation::AbortUndoesCommit,
 ];

@@ -7,12 +7,13 @@ use palanquin_sim::{Outcome, simulate};
 #[test]
 fn one_owner_over_three_thousand_seeds() {
     let mut outcomes = Vec::new();
-    let mut doubted = 0;
+    let (mut doubted, mut noticed) = (0, 0);
     for seed in 0..3000 {
         match simulate(seed, None, false) {
             Ok(report) => {
                 outcomes.push(report.outcome);
                 doubted += u32::from(report.doubted);
+                noticed += report.noticed;
             }
             Err(law) => panic!("{law}\nreplay with: cargo run -p palanquin-sim -- --seed {seed}"),
         }
@@ -22,10 +23,12 @@ fn one_owner_over_three_thousand_seeds() {
         Outcome::TurnedBack,
         Outcome::TakenBack,
         Outcome::VmKilled,
+        Outcome::Lied,
     ] {
         assert!(outcomes.contains(&outcome), "{outcome:?} was never reached");
     }
     assert!(doubted > 0, "no seed was ever in doubt");
+    assert!(noticed > 0, "nobody on the path was ever noticed");
 }
 
 #[test]

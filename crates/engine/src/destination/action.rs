@@ -78,7 +78,7 @@ pub enum DestinationAction {
 }
 
 /// How an action ended well.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum DestinationDone {
     /// Just done.
     Done,

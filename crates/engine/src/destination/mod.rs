@@ -5,6 +5,7 @@
 //!    ─▶ Loading ─▶ AwaitCommit ─▶ Owning ═▶ Activating ─▶ AwaitErased ─▶ Ended(owned)
 //! post-copy: Activating ─▶ Pulling ⇄ Rejoining ─▶ Finishing ─▶ AwaitErased
 //! any state left of ═▶ :  Terminating ─▶ RecordingDiscard ─▶ Ended(discarded)
+//! Owning, Activating, not resumed:  GivingBack ─▶ Terminating …
 //! ```
 //!
 //! A lost connection left of `Owning` discards; the container never ran. A source that had committed learns
@@ -37,7 +38,7 @@ const ACTIVATE_ATTEMPTS: u32 = 5;
 const RETRY: Duration = Duration::from_secs(1);
 
 /// The state machine of a destination, see the [module](self).
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Destination {
     config: DestinationConfig,
     state: State,
@@ -162,7 +163,7 @@ impl Destination {
             | State::Rejoining(_)
             | State::EndingPull(_)
             | State::RecordingEnd(_) => DestinationPhase::PostCopy,
-            State::Terminating { .. } | State::RecordingDiscard { .. } => {
+            State::GivingBack(_) | State::Terminating { .. } | State::RecordingDiscard { .. } => {
                 DestinationPhase::Finishing
             }
             State::Ended => DestinationPhase::Ended,
@@ -225,6 +226,7 @@ impl Destination {
                 State::AwaitErased => self.finish(DestinationEnding::Owned),
                 State::EndingPull(_) => self.end_pulling(),
                 State::RecordingEnd(_) => self.record_end(),
+                State::GivingBack(_) => self.terminate(),
                 State::RecordingDiscard { .. } => self.record_discard(),
                 State::Rejoining(_) => {
                     let what = "the source did not open its streams in time";
@@ -643,6 +645,9 @@ impl Destination {
             (State::Activated(expected), DestinationDone::Done) if *expected == op => {
                 self.activated(now);
             }
+            (State::GivingBack(expected), DestinationDone::Done) if *expected == Some(op) => {
+                self.remove();
+            }
             (State::Terminating { op: expected }, DestinationDone::Done) if *expected == op => {
                 self.record_discard();
             }
@@ -675,9 +680,13 @@ impl Destination {
                 *expected = None;
                 self.deadline = Some(now + RETRY);
             }
+            State::GivingBack(expected) if *expected == Some(op) => {
+                *expected = None;
+                self.deadline = Some(now + RETRY);
+            }
             State::Owning(expected) if *expected == op => {
-                // The VM has not run here. Whether the record is on the disk is unknown; a durable discard
-                // after it overrules it, see [`crate::journal::verdict`].
+                // The VM has not run here. Whether the record is on the disk is unknown; a durable reservation and
+                // discard after it overrule it, see [`crate::journal::verdict`].
                 self.reason = Some(failure.reason);
                 self.terminate();
             }

@@ -5,14 +5,14 @@ use crate::ids::Root;
 use crate::message::{Offer, Seal};
 
 /// How far the device state is loaded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Load {
     NotYet,
     Loading(Op),
     Loaded,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) enum State {
     Greeting,
     AwaitOffer,
@@ -57,6 +57,10 @@ pub(super) enum State {
     RecordingEnd(Option<Op>),
     Activated(Op),
     AwaitErased,
+    /// Recording that a VM that is ours was never resumed and is not ours any more. Its container may be removed only
+    /// then: a restarted agent would take one that is gone for a VM that ran and ended. Without an operation it is tried
+    /// again at the deadline.
+    GivingBack(Option<Op>),
     Terminating {
         op: Op,
     },

@@ -1,11 +1,47 @@
 //! Steps, in the order of a migration, and what all of them use.
 
+use std::hash::{Hash, Hasher};
+
 use super::{Destination, DestinationAction, DestinationEnding, Load, Op, State};
 use crate::journal::DestinationRecord;
 use crate::message::{Message, Reason, Refused, WireBlocker};
 use crate::time::Time;
 
 impl Destination {
+    /// Feeds what decides how it goes on to a hasher, so that whoever explores all states can tell them apart. Left out
+    /// is what never changes and what is only told to people. The actions have to be taken out before.
+    pub fn hash_behaviour<H: Hasher>(&self, hasher: &mut H) {
+        let Self {
+            config: _,
+            state,
+            actions,
+            next_op,
+            order,
+            layout,
+            streams,
+            rounds,
+            live,
+            deadline,
+            reason: _,
+            blockers: _,
+            refused_in_words,
+            container_gone,
+            root,
+            post_copy_ready,
+            post_copy,
+            complete,
+            resuming,
+            resume_at,
+            pages_lost,
+            may_be_owned,
+        } = self;
+        debug_assert!(actions.is_empty(), "actions decide too");
+        (state, next_op, order, layout, streams, rounds).hash(hasher);
+        (live, deadline, refused_in_words, container_gone, root).hash(hasher);
+        (post_copy_ready, post_copy, complete).hash(hasher);
+        (resuming, resume_at, pages_lost, may_be_owned).hash(hasher);
+    }
+
     pub(super) fn resume_again(&mut self) {
         let op = self.op();
         self.resuming = Some(op);
@@ -111,7 +147,19 @@ impl Destination {
         }
     }
 
+    /// Gives the VM up, which has not run here.
     pub(super) fn terminate(&mut self) {
+        match self.order.clone() {
+            Some(order) if self.may_be_owned => {
+                let op = self.journal(DestinationRecord::Reserved(order));
+                self.deadline = None;
+                self.state = State::GivingBack(Some(op));
+            }
+            _ => self.remove(),
+        }
+    }
+
+    pub(super) fn remove(&mut self) {
         let op = self.op();
         self.deadline = None;
         self.state = State::Terminating { op };

@@ -122,7 +122,7 @@ pub enum SourceAction {
 }
 
 /// What follows the pages of a [`SourceAction::SendPages`] on every stream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RoundMark {
     /// More pages of the same round.
     None,
@@ -137,7 +137,7 @@ pub enum RoundMark {
 }
 
 /// How an action ended well.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum SourceDone {
     /// Journal, streams, tracking, pages, pause, resume, erase: just done.
     Done,
@@ -157,7 +157,7 @@ pub enum SourceDone {
 }
 
 /// How an action failed.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Failure {
     /// What happened.
     pub reason: Reason,
@@ -177,7 +177,7 @@ pub enum Ending {
 }
 
 /// Answer to a wish to abort.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum AbortDisposition {
     /// On the way: wait for the ending.
     Aborting,
@@ -186,7 +186,7 @@ pub enum AbortDisposition {
 }
 
 /// Where a source is, for people.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SourcePhase {
     /// Order, connection, greeting.
     Preparing,

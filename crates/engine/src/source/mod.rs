@@ -47,7 +47,7 @@ const RESUME_ATTEMPTS: u32 = 5;
 const REDIAL_MAX_POST_COPY: Duration = Duration::from_secs(1);
 
 /// The state machine of a source, see the [module](self).
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Source {
     config: SourceConfig,
     offer: Option<Offer>,
@@ -293,7 +293,7 @@ impl Source {
             State::Retrying(Step::Release) => self.release(self.commit_epoch()),
             State::Retrying(Step::Erase) => self.erase(),
             State::Retrying(Step::Close) => self.close(),
-            State::InDoubt(_) => {
+            State::InDoubt(_) | State::AwaitRunning => {
                 let reason = Reason::new("peer-silent", "the destination does not answer");
                 self.connection_lost(now, reason);
             }

@@ -20,7 +20,7 @@ const DEMANDS_MAX: usize = 4096;
 const NEIGHBOURS: u64 = 16;
 
 /// What is still to be sent.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) struct PostCopy {
     /// All pages that the destination did not have at the switchover.
     pub(super) all: PageSet,

@@ -1,5 +1,7 @@
 //! What the present state means, and what every step uses.
 
+use std::hash::{Hash, Hasher};
+
 use super::{DrainingPages, Op, SendingStep, Source, SourceAction, State};
 use crate::journal::SourceRecord;
 use crate::message::{Message, Reason};
@@ -7,6 +9,50 @@ use crate::progress::Note;
 use crate::time::Time;
 
 impl Source {
+    /// Feeds what decides how it goes on to a hasher, so that whoever explores all states can tell them apart. Left out
+    /// is what never changes, what is only told to people, and how often it has dialled: two sources of the same
+    /// configuration that feed the same behave alike, but for the numbers of their connections and the delay before
+    /// they dial again. The actions have to be taken out before.
+    pub fn hash_behaviour<H: Hasher>(&self, hasher: &mut H) {
+        let Self {
+            config: _,
+            offer,
+            state,
+            actions,
+            next_op,
+            attempt: _,
+            redials: _,
+            live,
+            deadline,
+            round_acknowledged,
+            touched,
+            reason: _,
+            blockers: _,
+            vm_may_be_paused,
+            vm_gone,
+            root,
+            mark,
+            progress,
+            scheduler,
+            layout: _,
+            backlog,
+            round_sent_pages,
+            post_copy,
+            pages_lost,
+            told_pulling,
+            ended_there,
+            recovered,
+        } = self;
+        debug_assert!(actions.is_empty(), "actions decide too");
+        offer.is_some().hash(hasher);
+        (state, next_op, live, deadline).hash(hasher);
+        (round_acknowledged, touched, backlog, round_sent_pages).hash(hasher);
+        (vm_may_be_paused, vm_gone, root, mark).hash(hasher);
+        (progress.began, progress.rounds, &progress.predictor).hash(hasher);
+        (scheduler, post_copy, pages_lost, told_pulling).hash(hasher);
+        (ended_there.is_some(), recovered).hash(hasher);
+    }
+
     pub(super) fn reason_or_unknown(&self) -> Reason {
         self.reason
             .clone()

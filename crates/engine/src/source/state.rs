@@ -6,7 +6,7 @@ use crate::message::Demand;
 use crate::pages::PageSet;
 use crate::time::Time;
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) enum State {
     Ordering(Op),
     Connecting,
@@ -75,7 +75,7 @@ pub(super) enum State {
 }
 
 /// A round under way.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) struct Sending {
     pub(super) step: SendingStep,
     /// Pages of the round that were not given to the streams yet.
@@ -84,7 +84,7 @@ pub(super) struct Sending {
     pub(super) cursor: (usize, u64),
 }
 
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum SendingStep {
     /// Looking which of the rest were written again.
     Peeking(Op),
@@ -95,7 +95,7 @@ pub(super) enum SendingStep {
 }
 
 /// The VM is paused: its last pages and its device state are collected and sent side by side.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) struct Draining {
     pub(super) save: Op,
     pub(super) saved: Option<(u64, Sha256)>,
@@ -104,7 +104,7 @@ pub(super) struct Draining {
     pub(super) post_copy: bool,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) enum DrainingPages {
     Collecting {
         op: Op,
@@ -117,7 +117,7 @@ pub(super) enum DrainingPages {
     Last(Op),
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) enum Doubt {
     /// Until the deadline, then dial.
     Waiting,
@@ -126,14 +126,14 @@ pub(super) enum Doubt {
     Asked,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum AfterResume {
     RecordAbort,
     Finish,
 }
 
 /// A step after the point of no return.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Step {
     Release,
     Erase,

@@ -393,6 +393,8 @@ impl Source {
             return self.doubt(now, reason);
         }
         self.state = State::AwaitRunning;
+        // A destination that says nothing but that it is there must not keep us from asking, nor an operator from deciding.
+        self.deadline = Some(now + self.config.timing.switchover);
         let commit = Message::Commit(self.commit_epoch());
         self.send(now, commit);
     }

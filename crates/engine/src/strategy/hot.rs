@@ -13,7 +13,7 @@ const WINDOW: Duration = Duration::from_secs(2);
 ///
 /// One thing is ours: a page leaves `TO_SEND_LAST` when it is not written for [`WINDOW`]. Otherwise every page that was
 /// busy once would lengthen the pause. A round is no measure for that: once all busy pages wait, rounds are short.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Hash)]
 pub(super) struct HotPages {
     before: Option<PageSet>,
     last: Option<PageSet>,

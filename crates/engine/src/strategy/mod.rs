@@ -41,7 +41,7 @@ const THROTTLE_STEP: Duration = Duration::from_secs(1);
 const SHARES: [f64; 7] = [0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.02];
 
 /// An algorithm.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Strategy {
     /// Pause, then send everything.
     StopAndCopy,
@@ -95,7 +95,7 @@ impl Strategy {
 }
 
 /// What a migration may do to the VM when it does not converge.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Allowed {
     /// Give it less CPU time for a while.
     pub throttle: bool,
@@ -104,7 +104,7 @@ pub struct Allowed {
 }
 
 /// How far a migration may use post-copy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 pub enum PostCopyUse {
     /// Not at all.
     #[n(0)]
@@ -167,7 +167,7 @@ pub struct Decision {
 }
 
 /// Decides at every boundary of a round.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 pub struct Scheduler {
     strategy: Strategy,
     limits: Limits,

@@ -37,7 +37,7 @@ const DOUBT: u32 = 2;
 /// Shortest time over which a guest is watched.
 const WATCH_MIN: Duration = Duration::from_millis(200);
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Hash)]
 struct Round {
     sent_bytes: u64,
     /// Left behind, without what was postponed.
@@ -47,7 +47,7 @@ struct Round {
 }
 
 /// Whether pre-copy goes on, or rests because it would send pages in vain.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Hash)]
 pub(super) struct Pace {
     resting: bool,
     /// Nothing is postponed any more.

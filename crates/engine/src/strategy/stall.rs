@@ -11,7 +11,7 @@ const NEAR: f64 = 1.1;
 ///
 /// A migration has stalled when the last rounds left no less behind than the least that was left before them. Looking at
 /// boundaries only, and at the least of several, keeps one burst of writes from deciding.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Hash)]
 pub(super) struct Stall {
     left: Vec<u64>,
 }

@@ -19,6 +19,8 @@ impl World {
         self.killed |= self.container_killed;
         self.destination_up = false;
         self.destination_life += 1;
+        self.offered = false;
+        self.disk_free[1] = self.now;
         self.destination = None;
         self.destination_jobs.clear();
         self.destination_busy = false;
@@ -73,6 +75,12 @@ impl World {
         }
     }
 
+    /// A stale order is one of an epoch that this host knows to be over.
+    fn epoch_known(&self) -> Option<Epoch> {
+        let forgets = self.is(Mutation::StaleEpochAccepted);
+        (self.stale_order && !forgets).then(|| self.order.epoch.next())
+    }
+
     pub(super) fn discard_leftover(&mut self) {
         self.copies[1] = None;
         self.destination_records
@@ -86,8 +94,18 @@ impl World {
             return;
         }
         let now = self.time();
+        self.writes[1] += 1;
+        if let Some((write, durable)) = self.crash_at[1]
+            && write == self.writes[1]
+        {
+            if durable {
+                self.destination_records.push(record);
+            }
+            return self.crash_destination();
+        }
         let fails = self.now < FAULTS_END && self.random.one_in(150);
-        if !fails {
+        // What is reported as failed may be on the disk all the same.
+        if !fails || self.random.one_in(2) {
             self.destination_records.push(record);
         }
         if let Some(destination) = &mut self.destination {
@@ -213,6 +231,7 @@ impl World {
                     unix_s: 1,
                     migration_seen: !self.destination_records.is_empty(),
                     vm_present: self.copies[1].is_some(),
+                    epoch_known: self.epoch_known(),
                     ..Ledger::default()
                 };
                 if let Some(destination) = &mut self.destination {
@@ -233,7 +252,7 @@ impl World {
                 if owned && self.is(Mutation::ClaimDiscardWithoutDoing) {
                     self.send_to_source(Message::Discarded(Reason::new("x", "x")));
                 }
-                let delay = self.disk_delay();
+                let delay = self.disk_delay(1);
                 self.after(delay, Event::DestinationJournal(life, op, record));
             }
             DestinationAction::Reserve(op, offer) => {

@@ -1,6 +1,8 @@
 //! The world of one seed.
 
 mod destination_host;
+mod path;
+mod rogue;
 mod source_host;
 mod wire;
 
@@ -14,10 +16,13 @@ use palanquin_engine::destination::{
 };
 use palanquin_engine::ids::{Sha256, StreamSecret};
 use palanquin_engine::journal::{DestinationRecovery, verdict};
-use palanquin_engine::message::{Complete, Demand, HelloReply, Offer, Present, Reason, Verdict};
+use palanquin_engine::message::{
+    Complete, Demand, HelloReply, Offer, Present, Reason, Refused, Verdict,
+};
 use palanquin_engine::order::Ledger;
 use palanquin_engine::source::{
-    Ending, Failure, Op, RoundMark, SourceAction, SourceConfig, SourceDone,
+    AbortDisposition, Ending, Failure, Op, RoundMark, SourceAction, SourceConfig, SourceDone,
+    SourcePhase,
 };
 use palanquin_engine::strategy::{Allowed, PostCopyUse, Strategy};
 use palanquin_engine::time::Timing;
@@ -26,6 +31,8 @@ use palanquin_engine::{
     Source, SourceRecord, Time, VmId,
 };
 
+use self::path::{Direction, Record, Tampering};
+use self::rogue::Rogue;
 use crate::mutation::Mutation;
 use crate::random::Random;
 
@@ -47,6 +54,8 @@ pub enum Outcome {
     TakenBack,
     /// The simulation killed the VM's hypervisor.
     VmKilled,
+    /// One host was a liar; the other kept its laws.
+    Lied,
 }
 
 /// What is told about a seed.
@@ -58,6 +67,8 @@ pub struct Report {
     pub doubted: bool,
     /// Agents that crashed.
     pub crashes: u32,
+    /// Times that somebody on the path was noticed.
+    pub noticed: u32,
     /// Virtual time in microseconds.
     pub time_us: u64,
     /// One line for each event, where asked for.
@@ -85,8 +96,8 @@ enum Event {
     SourceTimer,
     DestinationTimer,
     Connected(u32, bool),
-    ToSource(u32, Message),
-    ToDestination(u32, Message),
+    ToSource(u32, Record),
+    ToDestination(u32, Record),
     SourceLost(u32),
     DestinationLost(u32),
     /// Pages, and whether they belong to a round.
@@ -103,6 +114,8 @@ enum Event {
     DestinationVm(u64),
     GuestWrites,
     Cut,
+    Tamper(Tampering),
+    Operator,
     Blackhole,
     Heal,
     CrashSource,
@@ -180,6 +193,27 @@ struct World {
     dead: u32,
     wire_free: u64,
     back_free: u64,
+    /// The control connection: to the destination, and back.
+    directions: [Direction; 2],
+    tampering: Option<Tampering>,
+    held: Option<(Record, bool)>,
+    kept: Vec<Record>,
+    noticed: u32,
+    // Liars.
+    rogue: Option<Rogue>,
+    rogue_said: Vec<Message>,
+    stale_order: bool,
+    /// Journal writes so far, and the one at which an agent dies: before it is durable, or behind it.
+    writes: [u32; 2],
+    crash_at: [Option<(u32, bool)>; 2],
+    /// When each disk has written what it was given: records become durable in order.
+    disk_free: [u64; 2],
+    /// This life of the destination's agent has seen the migration.
+    offered: bool,
+    source_write_failed: bool,
+    source_attempt: u32,
+    /// A law that something broke on the way.
+    broken: Option<&'static str>,
     // What happened.
     doubted: bool,
     crashes: u32,
@@ -202,6 +236,7 @@ pub fn simulate(seed: u64, mutation: Option<Mutation>, tracing: bool) -> Result<
         outcome: world.outcome(),
         doubted: world.doubted,
         crashes: world.crashes,
+        noticed: world.noticed,
         time_us: world.now,
         trace: std::mem::take(&mut world.trace),
     };
@@ -232,6 +267,12 @@ impl World {
             waits: false,
         };
         let mut random = Random::new(seed);
+        let rogue = match random.below(10) {
+            0 => Some(Rogue::Source),
+            1 => Some(Rogue::Destination),
+            _ => None,
+        };
+        let stale_order = rogue == Some(Rogue::Source) && random.one_in(4);
         let strategy = Strategy::ALL[random.below(Strategy::ALL.len() as u64) as usize];
         let allowed = Allowed {
             throttle: random.one_in(2),
@@ -290,6 +331,21 @@ impl World {
             dead: 0,
             wire_free: 0,
             back_free: 0,
+            directions: Default::default(),
+            tampering: None,
+            held: None,
+            kept: Vec::new(),
+            noticed: 0,
+            rogue,
+            rogue_said: Vec::new(),
+            stale_order,
+            writes: [0; 2],
+            crash_at: [None; 2],
+            disk_free: [0; 2],
+            offered: false,
+            source_write_failed: false,
+            source_attempt: 0,
+            broken: None,
             doubted: false,
             crashes: 0,
             aborted_early: false,
@@ -318,12 +374,12 @@ impl World {
     }
 
     /// A disk is quick, but for the times when it is not.
-    fn disk_delay(&mut self) -> u64 {
-        if self.random.one_in(12) {
-            self.delay(3000)
-        } else {
-            self.delay(5)
-        }
+    fn disk_delay(&mut self, host: usize) -> u64 {
+        let slow = self.random.one_in(12);
+        let delay = self.delay(if slow { 3000 } else { 5 });
+        let at = (self.now + delay).max(self.disk_free[host] + 1);
+        self.disk_free[host] = at;
+        at - self.now
     }
 
     fn timing() -> Timing {
@@ -374,7 +430,18 @@ impl World {
                 400 * MS
             };
             let at = self.random.below(at);
-            let event = match self.random.below(9) {
+            if self.random.one_in(4) {
+                // At a write of the journal, before or behind the moment when it is durable.
+                let host = self.random.below(2) as usize;
+                let write = 1 + self.random.below(5) as u32;
+                self.crash_at[host] = Some((write, self.random.one_in(2)));
+                continue;
+            }
+            let event = match self.random.below(12) {
+                9..12 => {
+                    let index = self.random.below(Tampering::ALL.len() as u64);
+                    Event::Tamper(Tampering::ALL[index as usize])
+                }
                 0 | 1 => Event::Cut,
                 2 => Event::Blackhole,
                 3 | 4 => Event::CrashSource,
@@ -386,6 +453,9 @@ impl World {
             self.after(at, event);
         }
         self.after(FAULTS_END, Event::Heal);
+        if self.rogue.is_some() {
+            self.after(2 * FAULTS_END, Event::Operator);
+        }
     }
 
     fn play(&mut self) -> Result<(), String> {
@@ -412,6 +482,19 @@ impl World {
     }
 
     fn settled(&self) -> bool {
+        if let Some(rogue) = self.rogue {
+            // Under post-copy the honest side serves, or waits for pages, as long as the liar wants: the VM has an owner.
+            return match rogue {
+                Rogue::Destination => {
+                    let serves = |s: &Source| s.phase() == SourcePhase::PostCopy;
+                    self.source_up && self.source.as_ref().is_none_or(serves)
+                }
+                Rogue::Source => {
+                    let pulls = |d: &Destination| d.phase() == DestinationPhase::PostCopy;
+                    self.destination_up && self.destination.as_ref().is_none_or(pulls)
+                }
+            };
+        }
         // A VM whose missing pages are lost waits for its operator.
         let lost = self.copies[0].is_none()
             && self
@@ -425,7 +508,34 @@ impl World {
             && !self.destination_busy
     }
 
+    /// Whether the destination's journal says that the VM is its own.
+    fn owned(&self) -> bool {
+        let mut newest_first = self.destination_records.iter().rev();
+        let decides = newest_first.find(|r| !matches!(r, DestinationRecord::Activated));
+        matches!(
+            decides,
+            Some(DestinationRecord::Owned(_) | DestinationRecord::Pulling(_))
+        )
+    }
+
+    /// Whether the source's journal says that the VM is its own. After a write that failed its engine may know more.
+    fn source_may_run(&self) -> bool {
+        let ours = matches!(
+            self.source_records.last(),
+            Some(SourceRecord::Ordered(_) | SourceRecord::Aborted(_) | SourceRecord::TakenBack(_))
+                | None
+        );
+        ours || self.source_write_failed
+    }
+
     fn check(&self) -> Result<(), String> {
+        if let Some(law) = self.broken {
+            return Err(law.to_owned());
+        }
+        if self.rogue.is_some() {
+            return self.check_honest();
+        }
+        self.check_records()?;
         let running = self
             .copies
             .iter()
@@ -453,6 +563,48 @@ impl World {
         Ok(())
     }
 
+    /// What both journals say together, and what can be recovered from the copies by them.
+    fn check_records(&self) -> Result<(), String> {
+        let [source, destination] = &self.copies;
+        let runs = |copy: &Option<Copy>| copy.as_ref().is_some_and(|c| c.run == Run::Running);
+        let last = self.source_records.last();
+        let ours = matches!(
+            last,
+            Some(SourceRecord::Ordered(_) | SourceRecord::Aborted(_) | SourceRecord::TakenBack(_))
+                | None
+        );
+        if ours && self.owned() {
+            return Err("both journals say that the VM is theirs".to_owned());
+        }
+        if runs(source) && !self.source_may_run() {
+            return Err("the source runs a VM that its journal gave away".to_owned());
+        }
+        if self.killed {
+            return Ok(());
+        }
+        if runs(destination) && !self.owned() {
+            return Err("the destination runs a VM that its journal does not own".to_owned());
+        }
+        let discarded = matches!(
+            self.destination_records.last(),
+            Some(DestinationRecord::Discarded(_))
+        );
+        if matches!(last, Some(SourceRecord::TakenBack(_))) && !discarded {
+            return Err("taken back without the destination's durable discard".to_owned());
+        }
+        if source.is_none() {
+            // What is on the destination is all there is.
+            let whole = |copy: &Copy| !copy.memory.contains(&0);
+            if !destination.as_ref().is_some_and(whole) {
+                return Err("no copy is left that has all of its memory".to_owned());
+            }
+            if !self.owned() {
+                return Err("the only copy left belongs to nobody".to_owned());
+            }
+        }
+        Ok(())
+    }
+
     fn check_end(&self) -> Result<(), String> {
         if !self.settled() {
             return Err(format!(
@@ -461,7 +613,7 @@ impl World {
                 self.destination.as_ref().map(Destination::phase)
             ));
         }
-        if self.killed {
+        if self.killed || self.rogue.is_some() {
             return Ok(());
         }
         let [source, destination] = &self.copies;
@@ -484,7 +636,9 @@ impl World {
 
     fn outcome(&self) -> Outcome {
         let committed = |r: &SourceRecord| matches!(r, SourceRecord::Committed(_));
-        if self.killed {
+        if self.rogue.is_some() {
+            Outcome::Lied
+        } else if self.killed {
             Outcome::VmKilled
         } else if self.copies[1].is_some() {
             Outcome::Completed
@@ -513,15 +667,26 @@ impl World {
                 }
             }
             Event::Connected(attempt, works) => self.connected(attempt, works),
-            Event::ToSource(connection, message) => {
+            Event::ToSource(connection, record) => {
                 if connection == self.source_end && self.source_up {
-                    self.source_receives(connection, message);
+                    match self.open_record(&record, true) {
+                        Some(message) => self.source_receives(message),
+                        None => self.tampering_noticed(),
+                    }
                 }
             }
-            Event::ToDestination(connection, message) => {
+            Event::ToDestination(connection, record) => {
                 if connection == self.destination_end && self.destination_up {
-                    self.destination_receives(connection, message);
+                    match self.open_record(&record, false) {
+                        Some(message) => self.destination_receives(connection, message),
+                        None => self.tampering_noticed(),
+                    }
                 }
+            }
+            Event::Tamper(tampering) => self.tampering = Some(tampering),
+            Event::Operator => {
+                self.operator_steps_in();
+                self.after(FAULTS_END, Event::Operator);
             }
             Event::SourceLost(connection) if connection == self.source_end => {
                 self.source_end = 0;
@@ -591,8 +756,11 @@ impl World {
             Event::Abort => {
                 if let Some(source) = &mut self.source {
                     let early = source.may_turn_back();
-                    source.handle_abort(now, Reason::new("operator", "aborted"));
+                    let answer = source.handle_abort(now, Reason::new("operator", "aborted"));
                     self.aborted_early |= early;
+                    if early != (answer == AbortDisposition::Aborting) {
+                        self.broken = Some("an abort was answered with what is not true");
+                    }
                 }
             }
             Event::KillVm(host) => self.kill_vm(host),

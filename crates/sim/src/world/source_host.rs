@@ -10,6 +10,7 @@ impl World {
         self.crashes += 1;
         self.source_up = false;
         self.source_life += 1;
+        self.disk_free[0] = self.now;
         self.source = None;
         self.source_jobs.clear();
         self.source_busy = false;
@@ -76,8 +77,19 @@ impl World {
             return;
         }
         let now = self.time();
+        self.writes[0] += 1;
+        if let Some((write, durable)) = self.crash_at[0]
+            && write == self.writes[0]
+        {
+            if durable {
+                self.source_records.push(record);
+            }
+            return self.crash_source();
+        }
         let fails = self.now < FAULTS_END && self.random.one_in(150);
-        if !fails {
+        self.source_write_failed |= fails;
+        // What is reported as failed may be on the disk all the same.
+        if !fails || self.random.one_in(2) {
             self.source_records.push(record);
         }
         if let Some(source) = &mut self.source {
@@ -142,10 +154,13 @@ impl World {
                         DestinationRecord::Owned(_) | DestinationRecord::Pulling(_)
                     )
                 };
-                if !records.iter().any(owned) {
+                // What a liar claims is not known to be true; that it was believed only after the record is checked elsewhere.
+                let honest = self.rogue.is_none();
+                if honest && !records.iter().any(owned) {
                     return Err("erased before the destination owned it durably".to_owned());
                 }
-                if matches!(records.last(), Some(DestinationRecord::Pulling(_))) && !self.killed {
+                let pulls = matches!(records.last(), Some(DestinationRecord::Pulling(_)));
+                if honest && pulls && !self.killed {
                     return Err("erased while the destination still needed pages".to_owned());
                 }
                 self.copies[0] = None;
@@ -169,7 +184,7 @@ impl World {
             self.source_action(action);
         }
         if let Some(source) = &self.source {
-            self.doubted |= source.phase() == palanquin_engine::source::SourcePhase::InDoubt;
+            self.doubted |= source.phase() == SourcePhase::InDoubt;
             if let Some(at) = source.poll_timeout() {
                 let at = at.as_micros().max(self.now);
                 if at < self.source_timer {
@@ -199,7 +214,7 @@ impl World {
                         self.copies[0] = None;
                     }
                 }
-                let delay = self.disk_delay();
+                let delay = self.disk_delay(0);
                 self.after(delay, Event::SourceJournal(life, op, record));
             }
             SourceAction::OpenStreams { op, .. } | SourceAction::StartTracking(op) => {

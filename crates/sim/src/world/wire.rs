@@ -37,6 +37,7 @@ impl World {
     }
 
     pub(super) fn connect(&mut self, attempt: u32) {
+        self.source_attempt = attempt;
         let works = self.destination_up && !self.black && !self.random.one_in(25);
         let delay = self.delay(20);
         self.after(delay, Event::Connected(attempt, works));
@@ -52,6 +53,8 @@ impl World {
             // The destination's end of an older connection may not know yet.
             let old = self.destination_end;
             self.connection += 1;
+            self.directions = [(); 2].map(|()| Direction::of(self.connection));
+            self.held = None;
             self.source_end = self.connection;
             if old != 0 && old == self.session_connection {
                 let delay = self.delay(2000);
@@ -77,7 +80,11 @@ impl World {
         } else {
             self.source_end
         };
-        if self.black || end <= self.dead {
+        if self.black {
+            // What comes later can't be delivered without it.
+            self.dead = self.dead.max(end);
+        }
+        if end <= self.dead {
             return;
         }
         let delay = self.delay(8);
@@ -94,13 +101,22 @@ impl World {
 
     pub(super) fn send_to_destination(&mut self, message: Message) {
         if self.source_end != 0 {
-            self.put_on_wire(Event::ToDestination(self.source_end, message), false);
+            self.send_as_it_may(message, false);
         }
     }
 
     pub(super) fn send_to_source(&mut self, message: Message) {
         if self.destination_end != 0 {
-            self.put_on_wire(Event::ToSource(self.destination_end, message), true);
+            self.send_as_it_may(message, true);
+        }
+    }
+
+    fn send_as_it_may(&mut self, message: Message, back: bool) {
+        if !self.lies(back) {
+            return self.send_record(message, back);
+        }
+        for message in self.twisted(message) {
+            self.send_record(message, back);
         }
     }
 
@@ -111,11 +127,9 @@ impl World {
         {
             copy.run = Run::Running;
         }
-        // The driver names the newest attempt; an older one is ignored by the engine.
         if let Some(source) = &mut self.source {
-            for attempt in 0..64 {
-                source.handle_connection_lost(now, attempt, Reason::new("connection-lost", "cut"));
-            }
+            let reason = Reason::new("connection-lost", "cut");
+            source.handle_connection_lost(now, self.source_attempt, reason);
         }
     }
 
@@ -128,15 +142,21 @@ impl World {
         }
     }
 
-    pub(super) fn source_receives(&mut self, _connection: u32, message: Message) {
+    pub(super) fn source_receives(&mut self, message: Message) {
         let now = self.time();
         if self.is(Mutation::EraseAtRunning) && matches!(message, Message::Running(_)) {
             self.copies[0] = None;
         }
+        let resumes = match &message {
+            Message::Verdict(Verdict::Undecided) => self.is(Mutation::ResumeOnUndecided),
+            Message::Abort(_) => self.is(Mutation::AbortUndoesCommit),
+            _ => false,
+        };
+        if resumes && let Some(copy) = &mut self.copies[0] {
+            copy.run = Run::Running;
+        }
         if let Some(source) = &mut self.source {
-            for attempt in 0..64 {
-                source.handle_message(now, attempt, message.clone());
-            }
+            source.handle_message(now, self.source_attempt, message);
         }
     }
 
@@ -147,7 +167,15 @@ impl World {
                 self.send_to_source(Message::HelloReply(HelloReply::to(&hello, "sim")));
             }
             Message::Query(_) => self.query(),
-            Message::Offer(offer) => {
+            // An agent takes each migration once, whoever repeats the order.
+            Message::Offer(_) if self.offered && connection != self.session_connection => {
+                self.send_to_source(Message::Refused(Refused {
+                    by_gate: true,
+                    blockers: Vec::new(),
+                }));
+            }
+            Message::Offer(offer) if !self.offered => {
+                self.offered = true;
                 let mut engine = Destination::new(now, Self::destination_config());
                 engine.handle_message(
                     now,

@@ -1,0 +1,118 @@
+//! A destination that takes the commit, stays connected and never says what became of it.
+#![forbid(unsafe_code)]
+
+use std::time::Duration;
+
+use palanquin_engine::convergence::Limits;
+use palanquin_engine::ids::{Sha256, StreamSecret};
+use palanquin_engine::message::{Accepted, Hello, HelloReply, Message, Offer, Verdict};
+use palanquin_engine::source::{SourceDone, SourcePhase};
+use palanquin_engine::strategy::{PostCopyUse, Strategy};
+use palanquin_engine::time::Timing;
+use palanquin_engine::{
+    Epoch, MigrationId, Order, PageSet, RamLayout, Root, Source, SourceAction, SourceConfig, Time,
+    VmId,
+};
+
+fn begin() -> Source {
+    let order = Order {
+        migration: MigrationId([1; 16]),
+        vm: VmId([2; 16]),
+        vm_name: "vm".to_owned(),
+        epoch: Epoch(1),
+        source: "a".to_owned(),
+        destination: "b".to_owned(),
+        expires_unix_s: 100,
+        run: true,
+    };
+    let offer = Offer {
+        order: order.clone(),
+        descriptor: Vec::new(),
+        region_pages: vec![1],
+        streams: 1,
+        digest_seed: 0,
+        post_copy: PostCopyUse::No,
+    };
+    let config = SourceConfig {
+        order,
+        strategy: Strategy::StopAndCopy,
+        limits: Limits::default(),
+        timing: Timing::default(),
+        software: String::new(),
+        layout: RamLayout::new(vec![1]).ok(),
+    };
+    Source::new(Time::default(), config, offer)
+}
+
+/// Plays a good destination until the commit is sent.
+fn play_until_commit(source: &mut Source) {
+    let now = Time::default();
+    let layout = RamLayout::new(vec![1]).unwrap();
+    let mut attempt = 0;
+    while let Some(action) = source.poll_action() {
+        let done = |source: &mut Source, op| source.handle_done(now, op, Ok(SourceDone::Done));
+        match action {
+            SourceAction::Connect { attempt: newest } => {
+                attempt = newest;
+                source.handle_connected(now, attempt);
+            }
+            SourceAction::Send(Message::Hello(_)) => {
+                let reply = HelloReply::to(&Hello::ours(""), "");
+                source.handle_message(now, attempt, Message::HelloReply(reply));
+            }
+            SourceAction::Send(Message::Offer(_)) => {
+                let accepted = Accepted {
+                    streams: 1,
+                    stream_secret: StreamSecret([0; 32]),
+                    post_copy: false,
+                };
+                source.handle_message(now, attempt, Message::Accepted(accepted));
+            }
+            SourceAction::OpenStreams { op, .. } => {
+                done(source, op);
+                source.handle_message(now, attempt, Message::StreamsReady);
+            }
+            SourceAction::Collect { op, .. } => {
+                let pages = SourceDone::Collected(PageSet::empty(&layout));
+                source.handle_done(now, op, Ok(pages));
+            }
+            SourceAction::SaveDeviceState(op) => {
+                let state = SourceDone::DeviceState {
+                    bytes: 1,
+                    sha256: Sha256([0; 32]),
+                };
+                source.handle_done(now, op, Ok(state));
+            }
+            SourceAction::ComputeRoot(op) => {
+                source.handle_done(now, op, Ok(SourceDone::Root(Root([0; 32]))));
+                source.handle_message(now, attempt, Message::Ready(Root([0; 32])));
+            }
+            SourceAction::SendPages { op, .. }
+            | SourceAction::Journal(op, _)
+            | SourceAction::StartTracking(op)
+            | SourceAction::Pause(op) => done(source, op),
+            SourceAction::Send(Message::Commit(_)) => return,
+            SourceAction::Send(_) => {}
+            other => panic!("not expected: {other:?}"),
+        }
+    }
+    panic!("the commit was not sent");
+}
+
+#[test]
+fn a_source_whose_commit_is_never_answered_comes_into_doubt_and_an_operator_can_end_it() {
+    let mut source = begin();
+    play_until_commit(&mut source);
+    let mut now = Time::default();
+    for _ in 0..40 {
+        now = now + Duration::from_secs(1);
+        source.handle_message(now, 1, Message::Ping);
+        source.handle_timeout(now);
+        if source.phase() == SourcePhase::InDoubt {
+            break;
+        }
+    }
+    assert_eq!(source.phase(), SourcePhase::InDoubt);
+    source.handle_operator_verdict(now, Verdict::Discarded);
+    assert_eq!(source.phase(), SourcePhase::Finishing);
+}

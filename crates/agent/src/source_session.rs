@@ -27,7 +27,7 @@ use crate::agent::Agent;
 use crate::channel::{Channel, ChannelError};
 use crate::data_send::{Job, Pulled, SendError, Senders, Shared};
 use crate::digest::Digests;
-use crate::fail_point::fail_point;
+use crate::fail_point::{fail_point, fail_point_at, fail_point_record};
 use crate::stream_proof::{Opening, exporter_context};
 use crate::tls::{Authenticated, TlsError};
 use crate::tracked::{Tracked, api_error, ms};
@@ -207,9 +207,7 @@ impl SourceSession {
             }
             SourceEvent::Message(attempt, message) => {
                 debug!(message = message.name(), "received");
-                if matches!(message, Message::Ready(_)) {
-                    fail_point("source-before-commit");
-                }
+                fail_point_at("source-received", message.name());
                 self.engine.handle_message(now, attempt, message);
             }
             SourceEvent::Streams(op, result) => self.streams_opened(now, op, result),
@@ -255,11 +253,7 @@ impl SourceSession {
             SourceAction::Journal(op, record) => {
                 debug!(?record, "journal");
                 let result = self.agent.store.record_source(self.engine.order(), &record);
-                if let Ok(()) = result
-                    && matches!(record, palanquin_engine::SourceRecord::Committed(_))
-                {
-                    fail_point("source-after-commit-record");
-                }
+                fail_point_record("source-recorded", &record);
                 self.report(
                     op,
                     result
@@ -304,7 +298,11 @@ impl SourceSession {
             SourceAction::Throttle(share) => self.set_throttle(share),
             SourceAction::SendStale { op, pages, round } => self.send_stale(op, pages, round),
             SourceAction::SendUrgent { op, block } => {
-                fail_point("source-serving");
+                fail_point(if self.engine.runs_on_destination() {
+                    "source-serving"
+                } else {
+                    "source-serving-load"
+                });
                 let senders = self.senders.as_ref();
                 let jobs = senders.map_or(0, |senders| senders.urgent(op, Job::Urgent(block)));
                 self.expect_jobs(op, jobs);
@@ -352,9 +350,7 @@ impl SourceSession {
             debug!(%error, "send failed");
             channel.close();
         }
-        if matches!(message, Message::Commit(_)) {
-            fail_point("source-after-commit-sent");
-        }
+        fail_point_at("source-sent", message.name());
     }
 
     fn connect(&self, attempt: u32) {
@@ -534,9 +530,6 @@ impl SourceSession {
     }
 
     fn collect(&mut self, first: bool) -> Result<PageSet, Failure> {
-        if self.engine.progress().rounds == 2 && !first {
-            fail_point("source-round");
-        }
         let (Some(tracker), Some(layout), Some(shared)) =
             (&mut self.tracker, &self.params.layout, &self.shared)
         else {
@@ -572,6 +565,7 @@ impl SourceSession {
                 jobs += senders.urgent(op, end);
             }
         }
+        fail_point("source-round");
         self.expect_jobs(op, jobs);
     }
 

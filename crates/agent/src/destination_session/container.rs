@@ -19,6 +19,7 @@ use tracing::debug;
 use super::DestinationEvent;
 use crate::agent::Agent;
 use crate::data_receive::Shared;
+use crate::fail_point::fail_point;
 use crate::source_session::chain;
 use crate::store::StoredVm;
 use crate::waiting::{Asking, ChannelSlot, Waiting};
@@ -235,6 +236,7 @@ impl Work {
                 reason: Reason::new("journal", chain(&error)),
                 vm_gone: false,
             })?;
+        fail_point("destination-reserving");
         let mut post_copy = offer.post_copy != PostCopyUse::No;
         if post_copy {
             let obstacles = vm.post_copy_obstacles();
@@ -273,9 +275,11 @@ impl Work {
                 reason: Reason::new("device-state", error.to_string()),
                 vm_gone: false,
             })?;
+        fail_point("destination-loading");
         self.vm()?
             .load_device_state(&state)
             .map_err(|error| failure("device-state", &error))?;
+        fail_point("destination-loaded");
         Ok(DestinationDone::Done)
     }
 
@@ -288,6 +292,7 @@ impl Work {
             reason: Reason::new("internal", "nothing waits for pages"),
             vm_gone: false,
         })?;
+        fail_point("destination-pulled");
         waiting
             .finish()
             .map_err(|error| failure("post-copy", &error))?;

@@ -35,10 +35,12 @@ pub enum Mutation {
     KeepStalePages,
     /// A restarted destination lets accesses to missing pages see zeros.
     RecoveryForgetsMissing,
+    /// A VM whose hypervisor ended on the destination before it ran there is given up.
+    LoseWhatNeverRan,
 }
 
 /// All of them.
-pub const ALL: [Mutation; 16] = [
+pub const ALL: [Mutation; 17] = [
     Mutation::ResumeOnLostConnection,
     Mutation::CommitBeforeDurable,
     Mutation::RunBeforeOwnedIsDurable,
@@ -55,4 +57,5 @@ pub const ALL: [Mutation; 16] = [
     Mutation::ClaimMissingPagePresent,
     Mutation::KeepStalePages,
     Mutation::RecoveryForgetsMissing,
+    Mutation::LoseWhatNeverRan,
 ];

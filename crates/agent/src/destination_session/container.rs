@@ -48,6 +48,8 @@ struct Work {
     order: Order,
     vm: Option<Arc<dyn Vm>>,
     asking: Option<Asking>,
+    /// Whether anybody may have told it to let the VM run.
+    may_have_run: bool,
     events: Sender<DestinationEvent>,
 }
 
@@ -69,6 +71,8 @@ impl ContainerWorker {
         let work = Work {
             agent: Arc::clone(agent),
             order: order.clone(),
+            // An agent that was restarted does not know.
+            may_have_run: vm.is_some(),
             vm,
             asking: None,
             events,
@@ -303,11 +307,17 @@ impl Work {
         }))
     }
 
-    fn activate(&self) -> Result<DestinationDone, Failure> {
-        let vm = self.vm()?;
+    fn activate(&mut self) -> Result<DestinationDone, Failure> {
+        let vm = Arc::clone(self.vm()?);
         // After a restart it may run already.
-        let state = vm.run_state().map_err(|error| failure("resume", &error))?;
+        let state = match vm.run_state() {
+            Err(error) if error.is_process_gone() && !self.may_have_run => {
+                return Ok(DestinationDone::NeverRan);
+            }
+            state => state.map_err(|error| failure("resume", &error))?,
+        };
         if self.order.run && state != RunState::Running {
+            self.may_have_run = true;
             vm.resume().map_err(|error| failure("resume", &error))?;
         }
         debug_assert!(!matches!(vm.run_state(), Ok(RunState::Incoming)));

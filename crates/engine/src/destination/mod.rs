@@ -557,6 +557,14 @@ impl Destination {
                 self.reason = Some(Reason::new("container-ended", what));
                 self.terminate();
             }
+            (State::Activating { op: expected, .. }, DestinationDone::NeverRan)
+                if *expected == Some(op) =>
+            {
+                // As above: nobody has lost anything yet.
+                let what = "the container's hypervisor ended on the destination before it ran";
+                self.reason = Some(Reason::new("container-ended", what));
+                self.terminate();
+            }
             (State::Owning(expected), DestinationDone::Done) if *expected == op => self.activate(),
             (State::Activating { op: expected, .. }, DestinationDone::Done)
                 if *expected == Some(op) =>

@@ -272,7 +272,8 @@ impl Store {
         Ok(Some((decode(&order)?, records?)))
     }
 
-    /// All migrations whose newest record is not an end.
+    /// All migrations whose newest record is not an end, but those whose VM has been in a later one on this host since:
+    /// that began only when they had ended here, and the VM is no longer theirs to resume or to remove.
     ///
     /// # Errors
     ///
@@ -281,7 +282,10 @@ impl Store {
         let connection = self.lock();
         let mut statement = connection.prepare(
             "SELECT m.side, m.order_cbor, j.record FROM migrations m
-             JOIN journal j ON j.seq = (SELECT max(seq) FROM journal WHERE migration = m.id)",
+             JOIN journal j ON j.seq = (SELECT max(seq) FROM journal WHERE migration = m.id)
+             WHERE NOT EXISTS (
+                 SELECT 1 FROM journal l JOIN migrations n ON n.id = l.migration
+                 WHERE n.vm = m.vm AND n.id <> m.id AND l.seq > j.seq)",
         )?;
         let rows = statement.query_map([], |row| {
             Ok((
@@ -550,6 +554,36 @@ mod tests {
         assert_eq!(store.unfinished().unwrap().len(), 1);
         record(DestinationRecord::Activated);
         assert!(store.unfinished().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_migration_whose_vm_has_been_in_a_later_one_is_not_gone_on_with() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("palanquin.db")).unwrap();
+        store.put_vm(&vm(false)).unwrap();
+        let record = |migration, record| store.record_source(&order(migration), &record).unwrap();
+        record(1, SourceRecord::Ordered(order(1)));
+        record(1, SourceRecord::Committed(Epoch(2)));
+        record(1, SourceRecord::TakenBack(Epoch(3)));
+        assert_eq!(store.unfinished().unwrap().len(), 1);
+        // Resuming the VM for the first would run it twice: it is given away by the second.
+        record(2, SourceRecord::Ordered(order(2)));
+        record(2, SourceRecord::Committed(Epoch(4)));
+        let unfinished = store.unfinished().unwrap();
+        assert!(
+            matches!(&unfinished[..], [Unfinished::Source(o, SourceRecord::Committed(Epoch(4)))] if *o == order(2)),
+            "{} unfinished",
+            unfinished.len()
+        );
+        // Another VM's migration has nothing to do with it.
+        let other = Order {
+            vm: VmId([8; 16]),
+            ..order(3)
+        };
+        store
+            .record_source(&other, &SourceRecord::Ordered(other.clone()))
+            .unwrap();
+        assert_eq!(store.unfinished().unwrap().len(), 2);
     }
 
     #[test]

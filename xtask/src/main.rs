@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod guest;
+mod matrix;
 mod programs;
 mod setup;
 mod steps;
@@ -58,6 +59,18 @@ enum Task {
         /// What to measure, `peers` or `strategies`, and its options
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         what: Vec<String>,
+    },
+    /// Kill and cut at every step of the protocol, and write docs/kill-matrix.md
+    Matrix {
+        /// Pairs of hosts at work at the same time, for each strategy
+        #[arg(long, default_value_t = 2)]
+        chains: usize,
+        /// Only what the last run did not come to, or what failed in it
+        #[arg(long)]
+        missing: bool,
+        /// Only write the table from what the last run has found
+        #[arg(long)]
+        table: bool,
     },
     /// Remove what a killed run left behind
     CleanRig,
@@ -139,6 +152,10 @@ fn perform(task: Task) -> Result<()> {
             let bench = root().join("target/release/palanquin-bench");
             programs::visible(programs::program(bench).args(what))
         }
+        Task::Matrix { table: true, .. } => matrix::write(),
+        Task::Matrix {
+            chains, missing, ..
+        } => matrix::run(chains.clamp(1, 16), missing),
         Task::CleanRig => run(
             "cargo",
             &[

@@ -56,20 +56,7 @@ pub(crate) fn test() -> Result<()> {
                 &["run", "-p", "palanquin-sim", "--", "--seeds", "5000"],
             )
         }),
-        ("build for the end", || {
-            run(
-                "cargo",
-                &[
-                    "build",
-                    "-p",
-                    "palanquin-agent",
-                    "-p",
-                    "palanquin-cli",
-                    "--features",
-                    "palanquin-agent/fail-points",
-                ],
-            )
-        }),
+        ("build for the end", build_for_the_end),
         ("end to end", || {
             setup::require_root("the end-to-end tests make network namespaces")?;
             run(
@@ -79,6 +66,22 @@ pub(crate) fn test() -> Result<()> {
         }),
     ];
     sequence(&steps)
+}
+
+/// The programs that the end-to-end tests run.
+pub(crate) fn build_for_the_end() -> Result<()> {
+    run(
+        "cargo",
+        &[
+            "build",
+            "-p",
+            "palanquin-agent",
+            "-p",
+            "palanquin-cli",
+            "--features",
+            "palanquin-agent/fail-points",
+        ],
+    )
 }
 
 /// Runs steps in order up to the first that fails; their output is shown as it comes, and a table

@@ -30,7 +30,7 @@ use crate::channel::Channel;
 use crate::data_receive::{Inbound, Report, Shared, receive};
 use crate::device_state::DeviceState;
 use crate::digest::Digests;
-use crate::fail_point::fail_point;
+use crate::fail_point::{fail_point, fail_point_at, fail_point_record};
 use crate::source_session::chain;
 use crate::stream_proof::{Opening, exporter_context};
 use crate::tls::Authenticated;
@@ -269,6 +269,7 @@ impl DestinationSession {
         match event {
             DestinationEvent::Message(generation, message) if generation == self.generation => {
                 debug!(message = message.name(), "received");
+                fail_point_at("destination-received", message.name());
                 self.engine.handle_message(now, message);
             }
             DestinationEvent::Lost(generation, reason) if generation == self.generation => {
@@ -417,7 +418,6 @@ impl DestinationSession {
                 self.report(op, result);
             }
             DestinationAction::Activate(op) => {
-                fail_point("destination-after-owned-record");
                 self.worker.give(ContainerJob::Activate(op));
             }
             DestinationAction::Terminate(op) => {
@@ -438,6 +438,7 @@ impl DestinationSession {
             return self.report(op, Err(missing("order")));
         };
         let result = self.agent.store.record_destination(order, record);
+        fail_point_record("destination-recorded", record);
         let result = result
             .map(|()| DestinationDone::Done)
             .map_err(|error| Failure {
@@ -454,9 +455,7 @@ impl DestinationSession {
 
     fn send(&self, message: &Message) {
         debug!(message = message.name(), "send");
-        if matches!(message, Message::Running(_)) {
-            fail_point("destination-before-running");
-        }
+        fail_point_at("destination-sends", message.name());
         // A channel that broke is reported by the thread that receives from it.
         if let Some(channel) = self.channel()
             && let Err(error) = channel.send(message)
@@ -464,9 +463,7 @@ impl DestinationSession {
             debug!(%error, "send failed");
             channel.close();
         }
-        if matches!(message, Message::Ready(_)) {
-            fail_point("destination-after-ready");
-        }
+        fail_point_at("destination-sent", message.name());
     }
 
     /// The source asks what became of this migration; where the VM needs it, it has its connection back.
@@ -655,9 +652,11 @@ impl DestinationSession {
         if self.delivered == self.streams {
             self.delivered = 0;
             self.round = round;
-            if round == 2 {
-                fail_point("destination-round");
-            }
+            fail_point(if last {
+                "destination-last-round"
+            } else {
+                "destination-round"
+            });
             self.engine.handle_round(now, round, last);
         }
     }

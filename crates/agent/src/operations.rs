@@ -26,6 +26,7 @@ use uuid::Uuid;
 
 use crate::agent::{Agent, Entry};
 use crate::channel::Channel;
+use crate::fail_point::fail_point;
 use crate::source_session::{SourceEvent, SourceParams, chain, dial};
 use crate::store::StoredVm;
 use crate::tracked::{Session, api_blocker, info_of};
@@ -471,6 +472,7 @@ impl Agent {
             Some(Session::Source(sender)) => {
                 let (reply, answer) = channel();
                 let _ = sender.send(SourceEvent::Abort(reason, reply));
+                fail_point("abort-asked");
                 answer.recv_timeout(ABORT_TIMEOUT).ok()
             }
             Some(Session::Destination(sender)) => {
@@ -478,6 +480,7 @@ impl Agent {
                 let _ = sender.send(crate::destination_session::DestinationEvent::Abort(
                     reason, reply,
                 ));
+                fail_point("abort-asked");
                 let aborting = answer.recv_timeout(ABORT_TIMEOUT).ok();
                 aborting.map(|yes| {
                     if yes {

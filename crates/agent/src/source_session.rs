@@ -27,7 +27,7 @@ use crate::agent::Agent;
 use crate::channel::{Channel, ChannelError};
 use crate::data_send::{Job, Pulled, SendError, Senders, Shared};
 use crate::digest::Digests;
-use crate::fail_point::fail_point;
+use crate::fail_point::{fail_point, fail_point_at, fail_point_record};
 use crate::stream_proof::{Opening, exporter_context};
 use crate::tls::{Authenticated, TlsError};
 use crate::tracked::{Tracked, api_error, ms};
@@ -206,9 +206,7 @@ impl SourceSession {
             }
             SourceEvent::Message(attempt, message) => {
                 debug!(message = message.name(), "received");
-                if matches!(message, Message::Ready(_)) {
-                    fail_point("source-before-commit");
-                }
+                fail_point_at("source-received", message.name());
                 self.engine.handle_message(now, attempt, message);
             }
             SourceEvent::Streams(op, result) => self.streams_opened(now, op, result),
@@ -246,11 +244,7 @@ impl SourceSession {
             SourceAction::Journal(op, record) => {
                 debug!(?record, "journal");
                 let result = self.agent.store.record_source(self.engine.order(), &record);
-                if let Ok(()) = result
-                    && matches!(record, palanquin_engine::SourceRecord::Committed(_))
-                {
-                    fail_point("source-after-commit-record");
-                }
+                fail_point_record("source-recorded", &record);
                 self.report(
                     op,
                     result
@@ -295,7 +289,11 @@ impl SourceSession {
             SourceAction::Throttle(share) => self.set_throttle(share),
             SourceAction::SendStale { op, pages } => self.send_stale(op, pages),
             SourceAction::SendUrgent { op, block } => {
-                fail_point("source-serving");
+                fail_point(if self.engine.runs_on_destination() {
+                    "source-serving"
+                } else {
+                    "source-serving-load"
+                });
                 let senders = self.senders.as_ref();
                 let jobs = senders.map_or(0, |senders| senders.urgent(op, Job::Urgent(block)));
                 self.expect_jobs(op, jobs);
@@ -336,9 +334,7 @@ impl SourceSession {
             debug!(%error, "send failed");
             channel.close();
         }
-        if matches!(message, Message::Commit(_)) {
-            fail_point("source-after-commit-sent");
-        }
+        fail_point_at("source-sent", message.name());
     }
 
     fn connect(&self, attempt: u32) {
@@ -518,9 +514,6 @@ impl SourceSession {
     }
 
     fn collect(&mut self, first: bool) -> Result<PageSet, Failure> {
-        if self.engine.progress().rounds == 2 && !first {
-            fail_point("source-round");
-        }
         let (Some(tracker), Some(layout), Some(shared)) =
             (&mut self.tracker, &self.params.layout, &self.shared)
         else {
@@ -556,6 +549,7 @@ impl SourceSession {
             RoundMark::End | RoundMark::Last => jobs += senders.all(op, &end),
             RoundMark::Pushed => jobs += senders.all(op, &end) + senders.urgent(op, end),
         }
+        fail_point("source-round");
         self.expect_jobs(op, jobs);
     }
 

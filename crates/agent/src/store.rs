@@ -579,17 +579,27 @@ mod tests {
         let source = |order: &Order, record| store.record_source(order, &record).unwrap();
         store.put_vm(&vm(false)).unwrap();
         // The VM was taken back, which is the last word of that migration; the next one is in doubt.
+        source(&order(1), SourceRecord::Ordered(order(1)));
         source(&order(1), SourceRecord::Committed(Epoch(2)));
         source(&order(1), SourceRecord::TakenBack(Epoch(3)));
+        assert_eq!(store.unfinished().unwrap().len(), 1);
         source(&order(2), SourceRecord::Ordered(order(2)));
         source(&order(2), SourceRecord::Committed(Epoch(4)));
         let unfinished = store.unfinished().unwrap();
         assert!(
             matches!(&unfinished[..], [Unfinished::Source(o, SourceRecord::Committed(Epoch(4)))] if *o == order(2)),
-            "{unfinished:?}: a VM that may run elsewhere would be resumed"
+            "{} unfinished: a VM that may run elsewhere would be resumed",
+            unfinished.len()
         );
         assert!(store.superseded(MigrationId([1; 16])).unwrap());
         assert!(!store.superseded(MigrationId([2; 16])).unwrap());
+        // Another VM's migration has nothing to do with it.
+        let other = Order {
+            vm: VmId([8; 16]),
+            ..order(3)
+        };
+        source(&other, SourceRecord::Ordered(other.clone()));
+        assert_eq!(store.unfinished().unwrap().len(), 2);
     }
 
     #[test]

@@ -185,6 +185,11 @@ fn classify(code: &str, outcome: Outcome) -> (ErrorKind, Option<&'static str>) {
             ErrorKind::InDoubt,
             Some("the agent keeps asking the destination; `palanquin migration watch ID` shows it"),
         ),
+        // Whatever the reason: nobody goes on running it.
+        (Outcome::VmEnded, _) => (
+            ErrorKind::Internal,
+            Some("the VM's log on the host that had it last says why"),
+        ),
         (_, "refused" | "identity-refused") => (
             ErrorKind::Refused,
             Some(
@@ -212,13 +217,25 @@ fn classify(code: &str, outcome: Outcome) -> (ErrorKind, Option<&'static str>) {
             ),
         ),
         (_, "operator") => (ErrorKind::Aborted, None),
-        (_, "vm-ended") => (
-            ErrorKind::Internal,
-            Some("the VM's log on the source says why"),
-        ),
         _ => (
             ErrorKind::Aborted,
             Some("the VM goes on running on the source; try again"),
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_is_told_that_a_vm_that_ended_goes_on() {
+        for code in ["vm-ended", "vm-ended-on-destination", "pages-lost", "x"] {
+            let (kind, hint) = classify(code, Outcome::VmEnded);
+            assert_eq!(kind, ErrorKind::Internal, "{code}");
+            assert!(!hint.unwrap_or_default().contains("goes on"), "{code}");
+        }
+        let (kind, _) = classify("x", Outcome::RunningOnSource);
+        assert_eq!(kind, ErrorKind::Aborted);
     }
 }

@@ -22,6 +22,8 @@ pub struct GuestSpec {
     pub dirty_mib_s: u64,
     /// MiB of incompressible bytes.
     pub fill_mib: u64,
+    /// MiB of what is not rewritten that are verified each second.
+    pub audit_mib_s: u64,
     /// Sentence kept in memory.
     pub canary: String,
     /// Address in 10.77.0.0/16, and the tap; none without a network.
@@ -39,6 +41,7 @@ impl GuestSpec {
             buffer_mib: 16,
             dirty_mib_s: 4,
             fill_mib: 0,
+            audit_mib_s: 16,
             canary: String::new(),
             network: None,
             files: None,
@@ -65,11 +68,12 @@ impl GuestSpec {
             buffer_mib,
             dirty_mib_s,
             fill_mib,
+            audit_mib_s,
             ..
         } = self;
         let mut line = format!(
             "console=ttyS0 quiet panic=-1 palanquin.buffer_mib={buffer_mib} palanquin.dirty_mib_s={dirty_mib_s} \
-             palanquin.fill_mib={fill_mib}"
+             palanquin.fill_mib={fill_mib} palanquin.audit_mib_s={audit_mib_s}"
         );
         if !self.canary.is_empty() {
             line += &format!(" palanquin.canary={}", self.canary.replace(' ', "%20"));
@@ -137,6 +141,8 @@ pub struct Beat {
     pub verified: u64,
     /// Pages found wrong so far.
     pub corrupt: u64,
+    /// Passes over all that is not rewritten.
+    pub audits: u64,
 }
 
 /// File that the guest's console is written to.
@@ -227,6 +233,24 @@ impl Console {
         Ok(beat)
     }
 
+    /// Waits until the guest has verified all of its memory from now on: what it rewrites, and what stays.
+    ///
+    /// # Errors
+    ///
+    /// If it does not in time, or has found corrupt memory.
+    pub fn wait_all_verified(&self, limit: Duration) -> Result<Beat> {
+        let before = self.wait_beats(1, limit)?;
+        // The passes under way began earlier: the next ones count.
+        let beat = wait::until("all memory is verified", limit, || {
+            Ok(self.beats().last().copied().filter(|beat| {
+                beat.sweeps >= before.sweeps + 2 && beat.audits >= before.audits + 2
+            }))
+        })
+        .with_context(|| self.tail())?;
+        self.check(&beat)?;
+        Ok(beat)
+    }
+
     fn check(&self, beat: &Beat) -> Result<()> {
         if beat.corrupt != 0 || self.text().contains("CORRUPT") {
             bail!("the guest found corrupt memory: {}", self.tail());
@@ -244,7 +268,7 @@ impl Console {
 }
 
 /// The first line after a migration may be the second half of one: such a line has no beginning and is skipped.
-fn beats(text: &str) -> Vec<Beat> {
+pub(crate) fn beats(text: &str) -> Vec<Beat> {
     let complete = text.rfind('\n').map_or("", |end| &text[..end]);
     complete.lines().filter_map(beat).collect()
 }
@@ -263,6 +287,7 @@ fn beat(line: &str) -> Option<Beat> {
         sweeps: value("sweeps")?,
         verified: value("verified")?,
         corrupt: value("corrupt")?,
+        audits: value("audits")?,
     })
 }
 
@@ -272,12 +297,13 @@ mod tests {
 
     #[test]
     fn only_whole_lines_are_beats() {
-        let text = "eat 1 sweeps 2\nbeat 2 sweeps 3 verified 9 corrupt 0\r\nbeat 3 sweeps 3 verified 9 corr";
+        let text = "eat 1 sweeps 2\nbeat 2 sweeps 3 verified 9 corrupt 0 audits 1\r\nbeat 3 sweeps 3 verified 9 corr";
         let expected = Beat {
             number: 2,
             sweeps: 3,
             verified: 9,
             corrupt: 0,
+            audits: 1,
         };
         assert_eq!(beats(text), [expected]);
     }

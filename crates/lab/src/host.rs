@@ -109,7 +109,7 @@ impl Host {
     ///
     /// If files cannot be written.
     pub fn new(spec: HostSpec, dir: PathBuf, namespace: Namespace) -> Result<Self> {
-        fs::create_dir_all(&dir)?;
+        fs::create_dir_all(dir.join("points"))?;
         let host = Self {
             spec,
             dir,
@@ -198,6 +198,7 @@ impl Host {
         command
             .arg("--config")
             .arg(self.config())
+            .env("PALANQUIN_FAIL_POINTS", self.dir.join("points"))
             .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(self.log_file()?)

@@ -6,8 +6,10 @@
 #![forbid(unsafe_code)]
 
 pub mod control;
+pub mod fail_point;
 pub mod guest;
 pub mod host;
+pub mod matrix;
 pub mod network;
 pub mod observer;
 pub mod paths;
@@ -16,3 +18,4 @@ pub mod process;
 pub mod qemu;
 pub mod rig;
 pub mod wait;
+pub mod witness;

@@ -262,7 +262,12 @@ impl Rig {
         Ok(console)
     }
 
-    fn lives_once(&self, vm: &str, at: usize) -> Result<bool> {
+    /// Whether the VM runs at this host and nothing of it runs elsewhere, as the agents say and the processes show.
+    ///
+    /// # Errors
+    ///
+    /// If an agent does not answer.
+    pub fn lives_once(&self, vm: &str, at: usize) -> Result<bool> {
         for (index, host) in self.hosts.iter().enumerate() {
             let there = host.vm(vm)?;
             let qemus = host.qemus()?;

@@ -1,11 +1,12 @@
-//! Whatever dies at whatever moment: the VM lives exactly once, nothing is left of it elsewhere, and the next
-//! migration works.
+//! What dies besides one agent at one step, which is in `kills.rs`: the VM lives exactly once, nothing is left of it
+//! elsewhere, and the next migration works.
 #![forbid(unsafe_code)]
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use palanquin_api::control::{Outcome, VmState};
+use palanquin_lab::fail_point::Mode;
 use palanquin_lab::guest::GuestSpec;
 use palanquin_lab::host::SHORT;
 use palanquin_lab::process;
@@ -17,55 +18,10 @@ const SOURCE: usize = 0;
 const DESTINATION: usize = 1;
 const LONG: Duration = Duration::from_secs(90);
 
-/// Where an agent kills itself, and whose that is.
-#[derive(Clone, Copy)]
-struct Point {
-    name: &'static str,
-    host: usize,
-    /// Where the VM must live afterwards.
-    lives_at: usize,
-}
-
 fn rig_with_guest() -> Result<Rig> {
     let rig = Rig::new(&RigSpec::default())?;
     rig.hosts[SOURCE].boot(&GuestSpec::small(VM).filled(64))?;
     Ok(rig)
-}
-
-/// The agent of one side dies by SIGKILL at exactly this point and is started again a moment later.
-fn dies_at(point: Point) -> Result<()> {
-    let mut rig = rig_with_guest()?;
-    let host = &mut rig.hosts[point.host];
-    host.stop_agent()?;
-    host.start_agent_with(&[("PALANQUIN_FAIL_POINT", point.name)])?;
-    let words = ["migrate", VM, "--to", "b"];
-    let running = rig.hosts[SOURCE].palanquin_started(&words)?;
-    let dying = &mut rig.hosts[point.host];
-    dying.wait_agent_died(LONG)?;
-    let log = std::fs::read_to_string(dying.log())?;
-    ensure!(
-        log.contains(&format!("FAIL POINT {}", point.name)),
-        "the agent died of something else, or was built without the feature `fail-points`: {}",
-        dying.log_tail()
-    );
-    dying.start_agent()?;
-    let at = rig.find_the_one(VM)?;
-    ensure!(
-        at == point.lives_at,
-        "it lives at {}: {}",
-        rig.hosts[at].name(),
-        rig.logs()
-    );
-    // How the command ends depends on which agent it followed; that it ends does not.
-    let told = running.finish(LONG)?;
-    ensure!((0..=6).contains(&told.status), "{told:?}");
-    settled(&rig)?;
-    let other = 1 - at;
-    rig.move_vm(VM, at, other)
-        .context("the next migration does not work")?;
-    rig.move_vm(VM, other, at)
-        .context("the migration back does not work")?;
-    Ok(())
 }
 
 /// Every migration that an agent knows of has ended, and no directory of a VM is left where none lives.
@@ -89,79 +45,6 @@ fn settled(rig: &Rig) -> Result<()> {
         wait::until_true(&what, SHORT, || Ok(left()? == vms)).with_context(|| rig.logs())?;
     }
     Ok(())
-}
-
-#[test]
-fn the_source_agent_dies_during_a_round() -> Result<()> {
-    dies_at(Point {
-        name: "source-round",
-        host: SOURCE,
-        lives_at: SOURCE,
-    })
-}
-
-#[test]
-fn the_source_agent_dies_after_ready_before_its_commit_record() -> Result<()> {
-    dies_at(Point {
-        name: "source-before-commit",
-        host: SOURCE,
-        lives_at: SOURCE,
-    })
-}
-
-#[test]
-fn the_source_agent_dies_after_its_commit_record_before_it_is_sent() -> Result<()> {
-    dies_at(Point {
-        name: "source-after-commit-record",
-        host: SOURCE,
-        // The destination was never told, and discards what it has.
-        lives_at: SOURCE,
-    })
-}
-
-#[test]
-fn the_source_agent_dies_after_the_commit_was_sent() -> Result<()> {
-    dies_at(Point {
-        name: "source-after-commit-sent",
-        host: SOURCE,
-        lives_at: DESTINATION,
-    })
-}
-
-#[test]
-fn the_destination_agent_dies_during_a_round() -> Result<()> {
-    dies_at(Point {
-        name: "destination-round",
-        host: DESTINATION,
-        lives_at: SOURCE,
-    })
-}
-
-#[test]
-fn the_destination_agent_dies_after_ready() -> Result<()> {
-    dies_at(Point {
-        name: "destination-after-ready",
-        host: DESTINATION,
-        lives_at: SOURCE,
-    })
-}
-
-#[test]
-fn the_destination_agent_dies_after_its_record_before_it_resumes() -> Result<()> {
-    dies_at(Point {
-        name: "destination-after-owned-record",
-        host: DESTINATION,
-        lives_at: DESTINATION,
-    })
-}
-
-#[test]
-fn the_destination_agent_dies_after_it_resumed_before_it_says_so() -> Result<()> {
-    dies_at(Point {
-        name: "destination-before-running",
-        host: DESTINATION,
-        lives_at: DESTINATION,
-    })
 }
 
 #[test]
@@ -240,6 +123,44 @@ fn a_killed_hypervisor_on_the_destination_leaves_the_vm_on_the_source() -> Resul
         info.outcome == Some(Outcome::RunningOnSource),
         "{told:?} {info:?}"
     );
+    rig.check_lives_once(VM, SOURCE)?;
+    settled(&rig)?;
+    rig.move_vm(VM, SOURCE, DESTINATION)?;
+    Ok(())
+}
+
+#[test]
+fn a_doubt_about_a_destination_that_lost_everything_ends_by_the_operators_word() -> Result<()> {
+    const COMMITTED: &str = "source-recorded-Committed";
+    let mut rig = rig_with_guest()?;
+    rig.hosts[SOURCE].arm(COMMITTED, Mode::Stop)?;
+    let running = rig.hosts[SOURCE].palanquin_started(&["migrate", VM, "--to", "b"])?;
+    rig.hosts[SOURCE].wait_reached(COMMITTED, LONG, || Ok(()))?;
+    let id = rig.hosts[SOURCE].migrations()?.first().map(|info| info.id);
+    let id = id.context("no migration")?;
+    let destination = &mut rig.hosts[DESTINATION];
+    destination.kill_agent();
+    for pid in destination.qemus()? {
+        process::kill(pid);
+        ensure!(process::wait_for_end(pid, SHORT), "QEMU {pid} lives on");
+    }
+    std::fs::remove_dir_all(destination.dir().join("s"))?;
+    destination.start_agent()?;
+    rig.hosts[SOURCE].release(COMMITTED)?;
+    wait::until_true("the destination has no record", LONG, || {
+        let info = rig.hosts[SOURCE].migration(id)?;
+        let reason = info.reason.unwrap_or_default();
+        Ok(info.outcome == Some(Outcome::InDoubt) && reason.contains("no record"))
+    })
+    .with_context(|| rig.logs())?;
+    // Nothing but a person who has looked can know that it does not run there.
+    let vm = rig.hosts[SOURCE].vm(VM)?.context("it is not there")?;
+    ensure!(vm.state == VmState::Held, "{vm:?}");
+    let (id, word) = (id.to_string(), "destination-lost-it");
+    let words = ["migration", "resolve", &id, "--assert", word];
+    let told = rig.hosts[SOURCE].palanquin(&words)?.expect_status(5);
+    told.with_context(|| rig.logs())?;
+    drop(running.finish(LONG)?);
     rig.check_lives_once(VM, SOURCE)?;
     settled(&rig)?;
     rig.move_vm(VM, SOURCE, DESTINATION)?;

@@ -45,10 +45,12 @@ pub enum Mutation {
     HalfMessageAccepted,
     /// The source takes the VM back when the other side says so, whatever it has recorded.
     AbortUndoesCommit,
+    /// A VM whose hypervisor ended on the destination before it ran there is given up.
+    LoseWhatNeverRan,
 }
 
 /// All of them.
-pub const ALL: [Mutation; 21] = [
+pub const ALL: [Mutation; 22] = [
     Mutation::ResumeOnLostConnection,
     Mutation::CommitBeforeDurable,
     Mutation::RunBeforeOwnedIsDurable,
@@ -70,4 +72,5 @@ pub const ALL: [Mutation; 21] = [
     Mutation::PathIsTrusted,
     Mutation::HalfMessageAccepted,
     Mutation::AbortUndoesCommit,
+    Mutation::LoseWhatNeverRan,
 ];

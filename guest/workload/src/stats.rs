@@ -51,10 +51,11 @@ impl Stats {
     pub(crate) fn beat(&self) -> String {
         let beat = self.beats.fetch_add(1, Ordering::Relaxed) + 1;
         format!(
-            "beat {beat} sweeps {} verified {} corrupt {}",
+            "beat {beat} sweeps {} verified {} corrupt {} audits {}",
             self.sweeps.load(Ordering::Relaxed),
             self.verified_pages.load(Ordering::Relaxed),
             self.corrupt_pages.load(Ordering::Relaxed),
+            self.audits.load(Ordering::Relaxed),
         )
     }
 
@@ -93,8 +94,12 @@ mod tests {
         let stats = Stats::new("00ff".into());
         stats.count_verified();
         stats.count_sweep();
+        stats.count_audit();
         assert_eq!(stats.count_corrupt(), 1);
-        assert_eq!(stats.beat(), "beat 1 sweeps 1 verified 1 corrupt 1");
+        assert_eq!(
+            stats.beat(),
+            "beat 1 sweeps 1 verified 1 corrupt 1 audits 1"
+        );
         assert!(stats.json().contains(r#""boot_id":"00ff","beats":1}"#));
     }
 }

@@ -19,6 +19,7 @@ use tracing::debug;
 use super::DestinationEvent;
 use crate::agent::Agent;
 use crate::data_receive::Shared;
+use crate::fail_point::fail_point;
 use crate::source_session::chain;
 use crate::store::StoredVm;
 use crate::waiting::{Asking, ChannelSlot, Waiting};
@@ -47,6 +48,8 @@ struct Work {
     order: Order,
     vm: Option<Arc<dyn Vm>>,
     asking: Option<Asking>,
+    /// Whether anybody may have told it to let the VM run.
+    may_have_run: bool,
     events: Sender<DestinationEvent>,
 }
 
@@ -68,6 +71,8 @@ impl ContainerWorker {
         let work = Work {
             agent: Arc::clone(agent),
             order: order.clone(),
+            // An agent that was restarted does not know.
+            may_have_run: vm.is_some(),
             vm,
             asking: None,
             events,
@@ -241,6 +246,7 @@ impl Work {
                 reason: Reason::new("journal", chain(&error)),
                 vm_gone: false,
             })?;
+        fail_point("destination-reserving");
         let mut post_copy = offer.post_copy != PostCopyUse::No;
         if post_copy {
             let obstacles = vm.post_copy_obstacles();
@@ -271,9 +277,11 @@ impl Work {
             // Before the devices look into guest memory.
             self.asking = Some(wait_for_pages(self.vm()?, shared, channel)?);
         }
+        fail_point("destination-loading");
         self.vm()?
             .load_device_state(&mut shared.device_state.reader(STATE_TIMEOUT))
             .map_err(|error| failure("device-state", &error))?;
+        fail_point("destination-loaded");
         Ok(DestinationDone::Done)
     }
 
@@ -286,6 +294,7 @@ impl Work {
             reason: Reason::new("internal", "nothing waits for pages"),
             vm_gone: false,
         })?;
+        fail_point("destination-pulled");
         waiting
             .finish()
             .map_err(|error| failure("post-copy", &error))?;
@@ -296,10 +305,14 @@ impl Work {
         }))
     }
 
-    fn activate(&self) -> Result<DestinationDone, Failure> {
-        let vm = self.vm()?;
+    fn activate(&mut self) -> Result<DestinationDone, Failure> {
+        let vm = Arc::clone(self.vm()?);
+        if !self.may_have_run && vm.wait_ended(Duration::ZERO) {
+            return Ok(DestinationDone::NeverRan);
+        }
         if self.order.run {
             // After a restart it may run already: then this does nothing.
+            self.may_have_run = true;
             vm.resume().map_err(|error| failure("resume", &error))?;
         }
         debug_assert!(!matches!(vm.run_state(), Ok(RunState::Incoming)));

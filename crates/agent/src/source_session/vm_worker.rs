@@ -13,6 +13,7 @@ use tracing::debug;
 
 use super::{SourceEvent, chain, failure};
 use crate::data_send::DeviceStateOut;
+use crate::fail_point::fail_point;
 
 /// Something to do with the VM.
 pub(super) enum VmJob {
@@ -90,10 +91,12 @@ impl Work {
         self.vm()?
             .pause()
             .map_err(|error| failure("pause", &error))?;
+        fail_point("source-paused");
         Ok(SourceDone::Done)
     }
 
     fn save(&self, mut out: DeviceStateOut) -> Result<SourceDone, Failure> {
+        fail_point("source-saving");
         self.vm()?
             .save_device_state(self.state_limit, &mut out)
             .map_err(|error| failure("device-state", &error))?;
@@ -125,6 +128,7 @@ impl Work {
         if let Some(vm) = &self.vm {
             vm.terminate().map_err(|error| failure("erase", &error))?;
         }
+        fail_point("source-erasing");
         match std::fs::remove_dir_all(&self.dir) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Failure {
                 reason: Reason::new("erase", chain(&error)),

@@ -89,6 +89,9 @@ pub enum DestinationDone {
     },
     /// The container can't be had, for these reasons.
     Blocked(Vec<WireBlocker>),
+    /// The container's hypervisor ended before anybody told it to let the VM run; never after a restart of the agent,
+    /// which cannot know that.
+    NeverRan,
     /// Nothing waits for pages any more.
     Pulled(Complete),
     /// The root asked for.

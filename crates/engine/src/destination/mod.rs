@@ -264,6 +264,16 @@ impl Destination {
     /// here and needs pages: then the connection is this migration's from now on, and the streams are opened anew
     /// with this fresh secret. What was on the way on the old ones does not count.
     pub fn handle_query(&mut self, now: Time, stream_secret: StreamSecret) -> bool {
+        if let State::Activating { op, .. } = self.state
+            && self.post_copy
+        {
+            // Resuming may itself wait for a page that only the source has. The VM is ours: go on as after a restart,
+            // with the resuming under way or tried again.
+            self.resuming = op;
+            self.resume_at = op.is_none().then_some(now + RETRY);
+            self.deadline = None;
+            self.state = State::Pulling;
+        }
         if let (State::Pulling | State::Rejoining(_), Some(layout)) = (&self.state, &self.layout) {
             let layout = layout.clone();
             let (op, streams) = (self.op(), self.streams);
@@ -508,6 +518,10 @@ impl Destination {
     fn done(&mut self, now: Time, op: Op, done: DestinationDone) {
         if self.resuming == Some(op) {
             self.resuming = None;
+            if matches!(done, DestinationDone::NeverRan) {
+                // The source was told already that it is ours.
+                self.handle_container_gone(now);
+            }
             return;
         }
         match (&mut self.state, done) {
@@ -610,6 +624,14 @@ impl Destination {
             {
                 // It ended before it was ever told to run: the source's copy is the newest, and a durable
                 // discard gives the VM back, see [`crate::journal::verdict`].
+                let what = "the container's hypervisor ended on the destination before it ran";
+                self.reason = Some(Reason::new("container-ended", what));
+                self.terminate();
+            }
+            (State::Activating { op: expected, .. }, DestinationDone::NeverRan)
+                if *expected == Some(op) =>
+            {
+                // As above: nobody has lost anything yet.
                 let what = "the container's hypervisor ended on the destination before it ran";
                 self.reason = Some(Reason::new("container-ended", what));
                 self.terminate();

@@ -387,6 +387,8 @@ impl Source {
     fn connection_lost(&mut self, now: Time, reason: Reason) {
         self.live = None;
         match self.state {
+            // We have closed it ourselves, and know better why.
+            State::InDoubt(Doubt::Waiting) => {}
             State::AwaitRunning | State::InDoubt(_) | State::Serving | State::Rejoining { .. } => {
                 self.doubt(now, reason);
             }

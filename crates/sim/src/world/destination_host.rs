@@ -81,6 +81,11 @@ impl World {
         (self.stale_order && !forgets).then(|| self.order.epoch.next())
     }
 
+    /// Whether the destination's agent knows that the VM never ran there: one that was restarted does not.
+    pub(super) fn container_never_ran(&self) -> bool {
+        !self.ran && self.destination_life == 1
+    }
+
     pub(super) fn discard_leftover(&mut self) {
         self.copies[1] = None;
         self.destination_records
@@ -158,6 +163,11 @@ impl World {
                 } else {
                     (op, Ok(DestinationDone::Reserved { post_copy }))
                 }
+            }
+            ContainerJob::Activate(op)
+                if !alive && self.container_never_ran() && !self.is(Mutation::LoseWhatNeverRan) =>
+            {
+                (op, Ok(DestinationDone::NeverRan))
             }
             ContainerJob::Load(op) | ContainerJob::Activate(op) if fails || !alive => {
                 (op, Err(failed(!alive)))

@@ -797,14 +797,15 @@ impl World {
             return;
         };
         let now = self.time();
-        // A container that is not owned may die without anybody losing anything.
+        // A container that is not owned, or never ran, may die without anybody losing anything.
         let owned = self.destination_records.iter().any(|r| {
             matches!(
                 r,
                 DestinationRecord::Owned(_) | DestinationRecord::Pulling(_)
             )
         });
-        self.killed |= host == 0 || owned || copy.run == Run::Running;
+        let may_have_run = copy.run == Run::Running || owned && !self.container_never_ran();
+        self.killed |= host == 0 || may_have_run;
         self.container_killed |= host == 1;
         if host == 0
             && let Some(source) = &mut self.source

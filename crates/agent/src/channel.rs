@@ -71,6 +71,8 @@ impl Channel {
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
             _ => {}
         }
+        // Bounded by the length of a message: each is flushed before the next. The library's own bound of 64 KiB is less.
+        connection.set_buffer_limit(None);
         tcp.set_nodelay(true)?;
         tcp.set_write_timeout(Some(SEND_TIMEOUT))?;
         Ok(Self {
@@ -201,8 +203,64 @@ fn take_message(received: &mut Vec<u8>) -> Result<Option<Message>, MessageError>
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::net::TcpListener;
+    use std::thread;
+
+    use palanquin_engine::message::{PRESENT_MAX, Present};
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
+
     use super::*;
+    use crate::tls::Tls;
+
+    /// Both ends of a channel between hosts a and b.
+    pub(crate) fn pair() -> (Channel, Channel) {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: String| dir.path().join(name);
+        let ca_key = KeyPair::generate().unwrap();
+        let mut ca = CertificateParams::default();
+        ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let root = ca.self_signed(&ca_key).unwrap();
+        std::fs::write(file("ca".to_owned()), root.pem()).unwrap();
+        let issuer = Issuer::new(ca, ca_key);
+        let host = |name: &str| {
+            let key = KeyPair::generate().unwrap();
+            let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+            let uri = format!("spiffe://example.org/host/{name}");
+            let uri = SanType::URI(uri.try_into().unwrap());
+            params.subject_alt_names.push(uri);
+            let certificate = params.signed_by(&key, &issuer).unwrap();
+            let (pem, key_pem) = (file(format!("{name}.pem")), file(format!("{name}.key")));
+            std::fs::write(&pem, certificate.pem()).unwrap();
+            std::fs::write(&key_pem, key.serialize_pem()).unwrap();
+            Tls::load(&file("ca".to_owned()), &pem, &key_pem, name).unwrap()
+        };
+        let (a, b) = (host("a"), host("b"));
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let accepting = thread::spawn(move || {
+            let (tcp, _) = listener.accept().unwrap();
+            Channel::new(b.accept(tcp).unwrap()).unwrap()
+        });
+        let tcp = TcpStream::connect(address).unwrap();
+        let client = Channel::new(a.connect(tcp, "b", false).unwrap()).unwrap();
+        (client, accepting.join().unwrap())
+    }
+
+    #[test]
+    fn a_message_of_the_largest_size_arrives() {
+        let (client, server) = pair();
+        let message = Message::Present(Present {
+            region: 0,
+            first_page: 0,
+            bits: vec![0xFF; PRESENT_MAX],
+            last: true,
+        });
+        let expected = message.clone();
+        let receiving = thread::spawn(move || server.receive().unwrap());
+        client.send(&message).unwrap();
+        assert_eq!(receiving.join().unwrap(), expected);
+    }
 
     #[test]
     fn messages_are_taken_one_by_one_whatever_pieces_they_come_in() {

@@ -5,6 +5,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -44,6 +45,8 @@ pub struct Channel {
     pub key_exchange: String,
     tcp: TcpStream,
     tls: Mutex<Connection>,
+    /// Set while `tls` is locked.
+    closed: AtomicBool,
     sending: Mutex<()>,
     received: Mutex<Vec<u8>>,
 }
@@ -81,6 +84,7 @@ impl Channel {
             key_exchange,
             tcp,
             tls: Mutex::new(connection),
+            closed: AtomicBool::new(false),
             sending: Mutex::new(()),
             received: Mutex::new(received),
         })
@@ -137,6 +141,10 @@ impl Channel {
         let mut closed = false;
         {
             let mut tls = lock(&self.tls);
+            if self.closed.load(Ordering::Relaxed) {
+                // The library must not be made to complain once it has said goodbye: where it checks itself, it panics.
+                return Err(ChannelError::Closed);
+            }
             let mut rest = wire;
             while !rest.is_empty() {
                 tls.read_tls(&mut rest)?;
@@ -165,6 +173,7 @@ impl Channel {
         let _order = lock(&self.sending);
         {
             let mut tls = lock(&self.tls);
+            self.closed.store(true, Ordering::Relaxed);
             tls.send_close_notify();
             while tls.wants_write() && tls.write_tls(&mut records).is_ok() {}
         }
@@ -260,6 +269,15 @@ pub(crate) mod tests {
         let receiving = thread::spawn(move || server.receive().unwrap());
         client.send(&message).unwrap();
         assert_eq!(receiving.join().unwrap(), expected);
+    }
+
+    #[test]
+    fn what_was_altered_on_the_way_and_comes_after_the_goodbye_is_not_looked_at() {
+        let (client, _server) = pair();
+        client.close();
+        let altered = [&[23, 3, 3, 0, 32][..], &[0; 32]].concat();
+        let refused = client.decrypt(&altered, &mut Vec::new());
+        assert!(matches!(refused, Err(ChannelError::Closed)), "{refused:?}");
     }
 
     #[test]

@@ -29,7 +29,7 @@ use crate::data_send::{Job, Pulled, SendError, Senders, Shared};
 use crate::digest::Digests;
 use crate::fail_point::fail_point;
 use crate::stream_proof::{Opening, exporter_context};
-use crate::tls::{Authenticated, TlsError};
+use crate::tls::{Authenticated, TlsError, is_refusal};
 use crate::tracked::{Tracked, api_error, ms};
 
 /// Longest time for a TCP connection to stand.
@@ -819,7 +819,7 @@ pub fn tls_reason(error: &TlsError) -> Reason {
 fn channel_reason(error: &ChannelError) -> Reason {
     // The other end's verdict on our certificate arrives with its first answer (RFC 8446, section 4.4.2.4).
     let code = match error {
-        ChannelError::Tls(rustls::Error::AlertReceived(_)) => "identity-refused",
+        ChannelError::Tls(error) if is_refusal(error) => "identity-refused",
         _ => "connection-lost",
     };
     Reason::new(code, chain(error))

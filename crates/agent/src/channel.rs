@@ -7,7 +7,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use palanquin_engine::{Message, MessageError};
 use rustls::Connection;
@@ -15,6 +15,8 @@ use rustls::Connection;
 use crate::identity::Identity;
 use crate::tls::Authenticated;
 
+/// Messages that are received before the session has worked on those before.
+pub const BACKLOG_MAX: usize = 16;
 /// Longest time for the other end to take what we send.
 const SEND_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -49,6 +51,7 @@ pub struct Channel {
     closed: AtomicBool,
     sending: Mutex<()>,
     received: Mutex<Vec<u8>>,
+    receive_timeout: Mutex<Option<Duration>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -87,6 +90,7 @@ impl Channel {
             closed: AtomicBool::new(false),
             sending: Mutex::new(()),
             received: Mutex::new(received),
+            receive_timeout: Mutex::new(None),
         })
     }
 
@@ -117,10 +121,18 @@ impl Channel {
     /// The channel ended, or what came is no message.
     pub fn receive(&self) -> Result<Message, ChannelError> {
         let mut received = lock(&self.received);
+        let deadline = lock(&self.receive_timeout).map(|timeout| Instant::now() + timeout);
         let mut wire = vec![0; 16 * 1024];
         loop {
             if let Some(message) = take_message(&mut received)? {
                 return Ok(message);
+            }
+            if let Some(deadline) = deadline {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(io::Error::from(io::ErrorKind::TimedOut).into());
+                }
+                self.tcp.set_read_timeout(Some(left))?;
             }
             let count = match (&self.tcp).read(&mut wire) {
                 Ok(0) => return Err(ChannelError::Closed),
@@ -182,12 +194,13 @@ impl Channel {
         let _ = self.tcp.shutdown(Shutdown::Both);
     }
 
-    /// Limits the wait of [`Channel::receive`] for a single read.
+    /// Limits the wait of every [`Channel::receive`] that begins from now on, however many pieces the message comes in.
     ///
     /// # Errors
     ///
     /// The socket is broken.
     pub fn set_receive_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        *lock(&self.receive_timeout) = timeout;
         self.tcp.set_read_timeout(timeout)
     }
 }
@@ -278,6 +291,34 @@ pub(crate) mod tests {
         let altered = [&[23, 3, 3, 0, 32][..], &[0; 32]].concat();
         let refused = client.decrypt(&altered, &mut Vec::new());
         assert!(matches!(refused, Err(ChannelError::Closed)), "{refused:?}");
+    }
+
+    #[test]
+    fn a_message_that_comes_byte_by_byte_is_not_awaited_beyond_the_deadline() {
+        let (client, server) = pair();
+        server
+            .set_receive_timeout(Some(Duration::from_millis(300)))
+            .unwrap();
+        let sending = thread::spawn(move || {
+            // A length, and then its message in pieces that keep every single read short.
+            for byte in [8, 0, 0, 0, 1, 1, 1, 1] {
+                let mut records = Vec::new();
+                {
+                    let mut tls = lock(&client.tls);
+                    tls.writer().write_all(&[byte]).unwrap();
+                    tls.write_tls(&mut records).unwrap();
+                }
+                if (&client.tcp).write_all(&records).is_err() {
+                    break;
+                }
+                thread::park_timeout(Duration::from_millis(100));
+            }
+        });
+        let began = Instant::now();
+        assert!(matches!(server.receive(), Err(ChannelError::Io(_))));
+        assert!(began.elapsed() >= Duration::from_millis(250));
+        drop(server);
+        sending.join().unwrap();
     }
 
     #[test]

@@ -24,7 +24,7 @@ use tracing::{debug, info, warn};
 
 use self::vm_worker::{VmJob, VmWorker};
 use crate::agent::Agent;
-use crate::channel::{Channel, ChannelError};
+use crate::channel::{BACKLOG_MAX, Channel, ChannelError};
 use crate::data_send::{Job, Pulled, SendError, Senders, Shared};
 use crate::digest::Digests;
 use crate::fail_point::fail_point;
@@ -61,6 +61,8 @@ pub enum SourceEvent {
     Assert(Verdict),
     /// Ask the destination now.
     Redial,
+    /// Whoever receives messages wants to know when those before have been worked on.
+    Sync(Sender<()>),
 }
 
 /// Parameters beyond the engine's.
@@ -230,6 +232,7 @@ impl SourceSession {
             }
             SourceEvent::Assert(verdict) => self.engine.handle_operator_verdict(now, verdict),
             SourceEvent::Redial => self.engine.handle_redial(now),
+            SourceEvent::Sync(done) => drop(done.send(())),
         }
     }
 
@@ -378,12 +381,19 @@ impl SourceSession {
                 return;
             }
             loop {
-                let event = match channel.receive() {
-                    Ok(message) => SourceEvent::Message(attempt, message),
-                    Err(error) => SourceEvent::Lost(attempt, channel_reason(&error)),
-                };
-                let lost = matches!(event, SourceEvent::Lost(..));
-                if sender.send(event).is_err() || lost {
+                for _ in 0..BACKLOG_MAX {
+                    let event = match channel.receive() {
+                        Ok(message) => SourceEvent::Message(attempt, message),
+                        Err(error) => SourceEvent::Lost(attempt, channel_reason(&error)),
+                    };
+                    let lost = matches!(event, SourceEvent::Lost(..));
+                    if sender.send(event).is_err() || lost {
+                        return;
+                    }
+                }
+                // Whoever sends faster than the session works waits.
+                let (done, all_done) = std::sync::mpsc::channel();
+                if sender.send(SourceEvent::Sync(done)).is_err() || all_done.recv().is_err() {
                     return;
                 }
             }

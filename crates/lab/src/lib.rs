@@ -8,6 +8,7 @@
 pub mod control;
 pub mod guest;
 pub mod host;
+pub mod middle;
 pub mod network;
 pub mod observer;
 pub mod paths;

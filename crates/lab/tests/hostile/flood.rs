@@ -405,8 +405,7 @@ fn a_host_that_is_enrolled_can_fill_its_own_places_only() -> Result<()> {
     }
     rig.move_vm("calm", 0, 1)?;
     // A message longer than any may be.
-    let channel = c.connect(false)?;
-    let mut channel = channel;
+    let mut channel = c.connect(false)?;
     channel
         .connection
         .writer()

@@ -458,7 +458,7 @@ fn a_host_that_is_enrolled_can_fill_its_own_places_only() -> Result<()> {
 fn measure_migrations_under_the_flood() -> Result<()> {
     const RUNS: usize = 5;
 
-    let rig = with_guest(128)?;
+    let rig = with_guest(64)?;
     rig.move_vm("calm", 0, 1)?;
     rig.move_vm("calm", 1, 0)?;
     let mut rows: [Vec<MigrationInfo>; 2] = [Vec::new(), Vec::new()];

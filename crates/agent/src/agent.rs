@@ -16,7 +16,7 @@ use palanquin_engine::source::Ending;
 use palanquin_engine::{Epoch, MigrationId, Order, Time, VmId};
 use palanquin_host::facts;
 use palanquin_host::vm::{Hypervisor, RunState, Vm};
-use tracing::{error, info};
+use tracing::{error, warn};
 use uuid::Uuid;
 
 use crate::destination_session::{DestinationEvent, DestinationSession};
@@ -230,6 +230,21 @@ impl Agent {
         lock(&self.migrations).insert(id, Arc::clone(tracked));
     }
 
+    /// As [`Agent::track`], unless the migration is known already: then false.
+    pub fn track_new(&self, id: MigrationId, tracked: &Arc<Tracked>) -> bool {
+        let mut migrations = lock(&self.migrations);
+        let is_new = !migrations.contains_key(&id);
+        if is_new {
+            migrations.insert(id, Arc::clone(tracked));
+        }
+        is_new
+    }
+
+    /// Forgets a migration that was not taken.
+    pub fn untrack(&self, id: MigrationId) {
+        lock(&self.migrations).remove(&id);
+    }
+
     /// Migrations under way on one side.
     pub fn active(&self, side: Side) -> usize {
         self.migrations()
@@ -341,7 +356,10 @@ impl Agent {
             Some(Session::Destination(sender)) => {
                 let _ = sender.send(DestinationEvent::Stream(Box::new(stream), opening));
             }
-            _ => info!(peer = %stream.peer, "a data stream for no migration was refused"),
+            _ => {
+                let (peer, migration) = (&stream.peer, opening.migration);
+                warn!(%peer, %migration, "a data stream for no migration was refused");
+            }
         }
     }
 

@@ -5,8 +5,9 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use palanquin_engine::{Message, MessageError};
 use rustls::Connection;
@@ -14,6 +15,8 @@ use rustls::Connection;
 use crate::identity::Identity;
 use crate::tls::Authenticated;
 
+/// Messages that are received before the session has worked on those before.
+pub const BACKLOG_MAX: usize = 16;
 /// Longest time for the other end to take what we send.
 const SEND_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -44,8 +47,11 @@ pub struct Channel {
     pub key_exchange: String,
     tcp: TcpStream,
     tls: Mutex<Connection>,
+    /// Set while `tls` is locked.
+    closed: AtomicBool,
     sending: Mutex<()>,
     received: Mutex<Vec<u8>>,
+    receive_timeout: Mutex<Option<Duration>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -71,6 +77,8 @@ impl Channel {
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
             _ => {}
         }
+        // Bounded by the length of a message: each is flushed before the next. The library's own bound of 64 KiB is less.
+        connection.set_buffer_limit(None);
         tcp.set_nodelay(true)?;
         tcp.set_write_timeout(Some(SEND_TIMEOUT))?;
         Ok(Self {
@@ -79,8 +87,10 @@ impl Channel {
             key_exchange,
             tcp,
             tls: Mutex::new(connection),
+            closed: AtomicBool::new(false),
             sending: Mutex::new(()),
             received: Mutex::new(received),
+            receive_timeout: Mutex::new(None),
         })
     }
 
@@ -111,10 +121,18 @@ impl Channel {
     /// The channel ended, or what came is no message.
     pub fn receive(&self) -> Result<Message, ChannelError> {
         let mut received = lock(&self.received);
+        let deadline = lock(&self.receive_timeout).map(|timeout| Instant::now() + timeout);
         let mut wire = vec![0; 16 * 1024];
         loop {
             if let Some(message) = take_message(&mut received)? {
                 return Ok(message);
+            }
+            if let Some(deadline) = deadline {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(io::Error::from(io::ErrorKind::TimedOut).into());
+                }
+                self.tcp.set_read_timeout(Some(left))?;
             }
             let count = match (&self.tcp).read(&mut wire) {
                 Ok(0) => return Err(ChannelError::Closed),
@@ -135,6 +153,10 @@ impl Channel {
         let mut closed = false;
         {
             let mut tls = lock(&self.tls);
+            if self.closed.load(Ordering::Relaxed) {
+                // The library must not be made to complain once it has said goodbye: where it checks itself, it panics.
+                return Err(ChannelError::Closed);
+            }
             let mut rest = wire;
             while !rest.is_empty() {
                 tls.read_tls(&mut rest)?;
@@ -163,6 +185,7 @@ impl Channel {
         let _order = lock(&self.sending);
         {
             let mut tls = lock(&self.tls);
+            self.closed.store(true, Ordering::Relaxed);
             tls.send_close_notify();
             while tls.wants_write() && tls.write_tls(&mut records).is_ok() {}
         }
@@ -171,12 +194,13 @@ impl Channel {
         let _ = self.tcp.shutdown(Shutdown::Both);
     }
 
-    /// Limits the wait of [`Channel::receive`] for a single read.
+    /// Limits the wait of every [`Channel::receive`] that begins from now on, however many pieces the message comes in.
     ///
     /// # Errors
     ///
     /// The socket is broken.
     pub fn set_receive_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        *lock(&self.receive_timeout) = timeout;
         self.tcp.set_read_timeout(timeout)
     }
 }
@@ -201,8 +225,101 @@ fn take_message(received: &mut Vec<u8>) -> Result<Option<Message>, MessageError>
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::net::TcpListener;
+    use std::thread;
+
+    use palanquin_engine::message::{PRESENT_MAX, Present};
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
+
     use super::*;
+    use crate::tls::Tls;
+
+    /// Both ends of a channel between hosts a and b.
+    pub(crate) fn pair() -> (Channel, Channel) {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: String| dir.path().join(name);
+        let ca_key = KeyPair::generate().unwrap();
+        let mut ca = CertificateParams::default();
+        ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let root = ca.self_signed(&ca_key).unwrap();
+        std::fs::write(file("ca".to_owned()), root.pem()).unwrap();
+        let issuer = Issuer::new(ca, ca_key);
+        let host = |name: &str| {
+            let key = KeyPair::generate().unwrap();
+            let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+            let uri = format!("spiffe://example.org/host/{name}");
+            let uri = SanType::URI(uri.try_into().unwrap());
+            params.subject_alt_names.push(uri);
+            let certificate = params.signed_by(&key, &issuer).unwrap();
+            let (pem, key_pem) = (file(format!("{name}.pem")), file(format!("{name}.key")));
+            std::fs::write(&pem, certificate.pem()).unwrap();
+            std::fs::write(&key_pem, key.serialize_pem()).unwrap();
+            Tls::load(&file("ca".to_owned()), &pem, &key_pem, name).unwrap()
+        };
+        let (a, b) = (host("a"), host("b"));
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let accepting = thread::spawn(move || {
+            let (tcp, _) = listener.accept().unwrap();
+            Channel::new(b.accept(tcp).unwrap()).unwrap()
+        });
+        let tcp = TcpStream::connect(address).unwrap();
+        let client = Channel::new(a.connect(tcp, "b", false).unwrap()).unwrap();
+        (client, accepting.join().unwrap())
+    }
+
+    #[test]
+    fn a_message_of_the_largest_size_arrives() {
+        let (client, server) = pair();
+        let message = Message::Present(Present {
+            region: 0,
+            first_page: 0,
+            bits: vec![0xFF; PRESENT_MAX],
+            last: true,
+        });
+        let expected = message.clone();
+        let receiving = thread::spawn(move || server.receive().unwrap());
+        client.send(&message).unwrap();
+        assert_eq!(receiving.join().unwrap(), expected);
+    }
+
+    #[test]
+    fn what_was_altered_on_the_way_and_comes_after_the_goodbye_is_not_looked_at() {
+        let (client, _server) = pair();
+        client.close();
+        let altered = [&[23, 3, 3, 0, 32][..], &[0; 32]].concat();
+        let refused = client.decrypt(&altered, &mut Vec::new());
+        assert!(matches!(refused, Err(ChannelError::Closed)), "{refused:?}");
+    }
+
+    #[test]
+    fn a_message_that_comes_byte_by_byte_is_not_awaited_beyond_the_deadline() {
+        let (client, server) = pair();
+        server
+            .set_receive_timeout(Some(Duration::from_millis(300)))
+            .unwrap();
+        let sending = thread::spawn(move || {
+            // A length, and then its message in pieces that keep every single read short.
+            for byte in [8, 0, 0, 0, 1, 1, 1, 1] {
+                let mut records = Vec::new();
+                {
+                    let mut tls = lock(&client.tls);
+                    tls.writer().write_all(&[byte]).unwrap();
+                    tls.write_tls(&mut records).unwrap();
+                }
+                if (&client.tcp).write_all(&records).is_err() {
+                    break;
+                }
+                thread::park_timeout(Duration::from_millis(100));
+            }
+        });
+        let began = Instant::now();
+        assert!(matches!(server.receive(), Err(ChannelError::Io(_))));
+        assert!(began.elapsed() >= Duration::from_millis(250));
+        drop(server);
+        sending.join().unwrap();
+    }
 
     #[test]
     fn messages_are_taken_one_by_one_whatever_pieces_they_come_in() {

@@ -70,6 +70,8 @@ pub enum DestinationEvent {
     Query(Arc<Channel>, Sender<Option<u32>>),
     /// Somebody wants to abort; the answer says whether that is still possible.
     Abort(Reason, Sender<bool>),
+    /// Whoever receives messages wants to know when those before have been worked on.
+    Sync(Sender<()>),
 }
 
 /// What the streams of a migration are made of.
@@ -278,8 +280,9 @@ impl DestinationSession {
             }
             DestinationEvent::Message(..) | DestinationEvent::Lost(..) => {}
             DestinationEvent::Stream(authenticated, opening) => {
+                let peer = authenticated.peer.clone();
                 if let Err(problem) = self.admit(*authenticated, opening) {
-                    warn!(problem, index = opening.index, "a data stream was refused");
+                    warn!(%peer, problem, index = opening.index, "a data stream was refused");
                 }
             }
             DestinationEvent::Data(generation, _) if generation != self.generation => {}
@@ -328,6 +331,7 @@ impl DestinationSession {
                 // Who asked may have gone away.
                 let _ = reply.send(self.engine.handle_abort(now, reason));
             }
+            DestinationEvent::Sync(done) => drop(done.send(())),
         }
     }
 
@@ -722,8 +726,11 @@ impl DestinationSession {
             info.error = reason.map(|reason| api_error(reason, &[], outcome));
             info.reason = reason.map(|reason| reason.message.clone());
         });
-        if !matches!(ending, DestinationEnding::Refused(_)) {
-            self.agent.keep_info(&self.tracked.info());
+        match (ending, self.engine.order()) {
+            // It left no record, so it leaves nothing here either.
+            (DestinationEnding::Refused(_), Some(order)) => self.agent.untrack(order.migration),
+            (DestinationEnding::Refused(_), None) => {}
+            _ => self.agent.keep_info(&self.tracked.info()),
         }
     }
 }

@@ -4,6 +4,7 @@
 
 pub mod agent;
 pub mod channel;
+pub mod crowd;
 pub mod data_receive;
 pub mod data_send;
 pub mod destination_session;

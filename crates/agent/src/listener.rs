@@ -1,12 +1,13 @@
 //! Connections from other hosts.
 
+use std::fmt::Display;
 use std::io;
-use std::net::{TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aws_lc_rs::rand;
 use palanquin_api::control::Side;
@@ -16,7 +17,7 @@ use palanquin_engine::journal::verdict;
 use palanquin_engine::message::{
     Hello, HelloReply, Offer, Query, Reason, Refused, Verdict, WireBlocker,
 };
-use palanquin_engine::order::is_name;
+use palanquin_engine::order::{Order, OrderError};
 use palanquin_engine::pages::PAGE_BYTES;
 use palanquin_engine::time::Timing;
 use palanquin_engine::{Destination, DestinationConfig, DestinationRecord, Message};
@@ -24,7 +25,8 @@ use rustls::Connection;
 use tracing::{debug, info, warn};
 
 use crate::agent::Agent;
-use crate::channel::{Channel, ChannelError};
+use crate::channel::{BACKLOG_MAX, Channel, ChannelError};
+use crate::crowd::{Complaints, Crowd, Place, one_address};
 use crate::destination_session::{
     DestinationEvent, DestinationSession, descriptor_of, wire_blocker,
 };
@@ -34,8 +36,6 @@ use crate::stream_proof::{OPENING_BYTES, Opening};
 use crate::tls::{Authenticated, HANDSHAKE_DEADLINE};
 use crate::tracked::{Session, Tracked, info_of};
 
-/// Most connections that have not shown what they are for; more are closed at once.
-const PENDING_MAX: usize = 64;
 /// Most data streams accepted for one migration.
 const STREAMS_MAX: u16 = 16;
 /// Longest wait for a session to decide, when its source asks.
@@ -47,29 +47,15 @@ const DECISION_TIMEOUT: Duration = Duration::from_secs(8);
 ///
 /// No thread can be had.
 pub fn start(agent: &Arc<Agent>, listener: TcpListener) -> io::Result<()> {
-    let agent = Arc::clone(agent);
-    let pending = Arc::new(AtomicUsize::new(0));
+    let door = Door::new(agent);
     thread::Builder::new()
         .name("accept".to_owned())
         .spawn(move || {
             loop {
                 match listener.accept() {
-                    Ok((tcp, address)) => {
-                        if pending.fetch_add(1, Ordering::Relaxed) >= PENDING_MAX {
-                            pending.fetch_sub(1, Ordering::Relaxed);
-                            warn!(%address, "too many connections at once, one was closed");
-                            continue;
-                        }
-                        let (agent, guard) = (Arc::clone(&agent), Pending(Arc::clone(&pending)));
-                        let work = move || serve(&agent, tcp, guard);
-                        if let Err(error) =
-                            thread::Builder::new().name("peer".to_owned()).spawn(work)
-                        {
-                            warn!(%error, "no thread for a connection");
-                        }
-                    }
+                    Ok((tcp, address)) => door.open(tcp, address),
                     Err(error) => {
-                        warn!(%error, "a connection could not be accepted");
+                        door.complain("a connection could not be accepted", &error, &"");
                         // Out of descriptors, most likely: other connections have to end first.
                         let pause = rustix::event::Timespec {
                             tv_sec: 0,
@@ -83,50 +69,130 @@ pub fn start(agent: &Arc<Agent>, listener: TcpListener) -> io::Result<()> {
     Ok(())
 }
 
-/// Counts a connection until it has shown what it is for.
-struct Pending(Arc<AtomicUsize>);
-
-impl Drop for Pending {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
+/// Bounds what strangers, and hosts that belong to no migration, can make this agent hold.
+struct Door {
+    agent: Arc<Agent>,
+    /// Connections whose other end is not known yet, by address.
+    strangers: Arc<Crowd<IpAddr, TcpStream>>,
+    /// Connections of hosts that are not part of a migration, by the name in the certificate.
+    hosts: Arc<Crowd<String, TcpStream>>,
+    /// Threads that serve a connection, and the most there may be.
+    threads: AtomicUsize,
+    threads_max: usize,
+    complaints: Complaints,
 }
 
-fn serve(agent: &Arc<Agent>, tcp: TcpStream, pending: Pending) {
-    let address = tcp
-        .peer_addr()
-        .map_or_else(|_| "?".to_owned(), |address| address.to_string());
-    let authenticated = match agent.tls.accept(tcp) {
-        Ok(authenticated) => authenticated,
-        Err(error) => {
-            warn!(%address, error = chain(&error), refused = error.is_refusal(), "connection refused");
+impl Door {
+    fn new(agent: &Arc<Agent>) -> Arc<Self> {
+        let count = |limit: u32| usize::try_from(limit).unwrap_or(usize::MAX);
+        let limits = &agent.config.limits;
+        let most = count(limits.max_pending);
+        Arc::new(Self {
+            agent: Arc::clone(agent),
+            strangers: Crowd::new(most, count(limits.max_pending_per_address)),
+            hosts: Crowd::new(most, count(limits.max_pending_per_host)),
+            threads: AtomicUsize::new(0),
+            // Both crowds, the threads of those that have just left them, and the migrations.
+            threads_max: 3 * most + 2 * count(limits.max_inbound),
+            complaints: Complaints::default(),
+        })
+    }
+
+    fn open(self: &Arc<Self>, tcp: TcpStream, address: SocketAddr) {
+        if self.threads.fetch_add(1, Ordering::Relaxed) >= self.threads_max {
+            self.threads.fetch_sub(1, Ordering::Relaxed);
+            return self.complain("closed at once", &"too many connections", &address);
+        }
+        let guard = Thread(Arc::clone(self));
+        let socket = match tcp.try_clone() {
+            Ok(socket) => socket,
+            Err(error) => return self.complain("closed at once", &error, &address),
+        };
+        let (place, left) = self.strangers.enter(one_address(address.ip()), socket);
+        if let Some((from, socket)) = left {
+            // Its thread notices.
+            let _ = socket.shutdown(Shutdown::Both);
+            let what = "too many connections that have not authenticated themselves";
+            self.complain("closed the oldest", &what, &from);
+        }
+        let work = move || {
+            let guard = guard;
+            guard.0.serve(tcp, &address, place);
+        };
+        if let Err(error) = thread::Builder::new().name("peer".to_owned()).spawn(work) {
+            self.complain("no thread for a connection", &error, &address);
+        }
+    }
+
+    /// Says what a stranger did wrong, but not a thousand times.
+    fn complain(&self, what: &str, why: &dyn Display, address: &dyn Display) {
+        let (told, untold) = self.complaints.count(Instant::now());
+        if untold > 0 {
+            warn!(
+                untold,
+                "more connections were refused in the seconds before"
+            );
+        }
+        if told {
+            warn!(%address, %why, "{what}");
+        }
+    }
+
+    fn serve(&self, tcp: TcpStream, address: &SocketAddr, place: Place<IpAddr, TcpStream>) {
+        let agent = &self.agent;
+        let authenticated = match agent.tls.accept(tcp) {
+            Ok(authenticated) => authenticated,
+            Err(error) if error.is_refusal() => {
+                return self.complain("connection refused", &chain(&error), address);
+            }
+            Err(error) => return self.complain("no handshake", &chain(&error), address),
+        };
+        let peer = authenticated.peer.name.clone();
+        debug!(peer, data = authenticated.is_data(), "connected");
+        let socket = match authenticated.tcp.try_clone() {
+            Ok(socket) => socket,
+            Err(error) => return self.complain("closed at once", &error, address),
+        };
+        let (host, left) = self.hosts.enter(peer, socket);
+        drop(place);
+        if let Some((from, socket)) = left {
+            let _ = socket.shutdown(Shutdown::Both);
+            let what = "too many connections that belong to no migration";
+            self.complain("closed the oldest", &what, &from);
+        }
+        if authenticated.is_data() {
+            match read_opening(authenticated) {
+                Ok((stream, opening)) => agent.route_stream(stream, opening),
+                Err(error) => self.complain("a data stream did not open", &error, address),
+            }
             return;
         }
-    };
-    debug!(peer = %authenticated.peer, data = authenticated.is_data(), "connected");
-    if authenticated.is_data() {
-        match read_opening(authenticated) {
-            Ok((stream, opening)) => agent.route_stream(stream, opening),
-            Err(error) => debug!(%address, %error, "a data stream did not open"),
+        let result = Channel::new(authenticated)
+            .map_err(ChannelError::from)
+            .and_then(|channel| converse(agent, &Arc::new(channel), host));
+        match result {
+            Ok(()) | Err(ChannelError::Closed) => {}
+            Err(error) => self.complain("a control connection ended", &chain(&error), address),
         }
-        return;
-    }
-    let result = Channel::new(authenticated)
-        .map_err(ChannelError::from)
-        .and_then(|channel| {
-            let channel = Arc::new(channel);
-            converse(agent, &channel, pending)
-        });
-    match result {
-        Ok(()) | Err(ChannelError::Closed) => {}
-        Err(error) => debug!(%address, error = chain(&error), "a control connection ended"),
     }
 }
+
+/// Counts a thread for as long as it serves a connection.
+struct Thread(Arc<Door>);
+
+impl Drop for Thread {
+    fn drop(&mut self) {
+        self.0.threads.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A connection of a host, as long as it belongs to no migration.
+type Waiting = Place<String, TcpStream>;
 
 fn read_opening(mut stream: Authenticated) -> io::Result<(Authenticated, Opening)> {
     use std::io::Read;
 
-    stream.tcp.set_read_timeout(Some(HANDSHAKE_DEADLINE))?;
+    let deadline = Instant::now() + HANDSHAKE_DEADLINE;
     let mut bytes = [0; OPENING_BYTES];
     let mut filled = 0;
     while filled < OPENING_BYTES {
@@ -139,6 +205,11 @@ fn read_opening(mut stream: Authenticated) -> io::Result<(Authenticated, Opening
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.tcp.set_read_timeout(Some(left))?;
         if stream.connection.read_tls(&mut stream.tcp)? == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -159,7 +230,7 @@ fn process(connection: &mut Connection) -> io::Result<()> {
 fn converse(
     agent: &Arc<Agent>,
     channel: &Arc<Channel>,
-    pending: Pending,
+    waiting: Waiting,
 ) -> Result<(), ChannelError> {
     channel.set_receive_timeout(Some(HANDSHAKE_DEADLINE))?;
     let Message::Hello(hello) = channel.receive()? else {
@@ -172,7 +243,6 @@ fn converse(
         info!(peer = %channel.peer, software = hello.software, "no common version of the protocol");
         return Ok(());
     }
-    drop(pending);
     loop {
         match channel.receive()? {
             Message::Ping => {}
@@ -181,19 +251,20 @@ fn converse(
                     Answer::Verdict(verdict) => verdict,
                     // The session answers, and has the connection from now on.
                     Answer::Rejoined(events, generation) => {
+                        drop(waiting);
                         channel.set_receive_timeout(None)?;
                         forward(channel, &events, generation);
                         return Ok(());
                     }
                 };
-                info!(migration = %query.migration, ?verdict, "asked by the source");
+                info!(peer = %channel.peer, migration = %query.migration, ?verdict, "asked by the source");
                 channel.send(&Message::Verdict(verdict))?;
             }
             Message::Check(offer) => {
                 let blockers = check(agent, &offer, &channel.peer.name);
                 channel.send(&Message::CheckReply(blockers))?;
             }
-            Message::Offer(offer) => return arrive(agent, channel, &hello, offer),
+            Message::Offer(offer) => return arrive(agent, channel, &hello, offer, waiting),
             _ => return out_of_turn(channel, "a question or an offer was expected"),
         }
     }
@@ -213,11 +284,7 @@ fn check(agent: &Agent, offer: &Offer, peer: &str) -> Vec<WireBlocker> {
     match agent.ledger(&offer.order, peer) {
         Ok(ledger) => {
             if let Err(error) = offer.order.judge(&ledger) {
-                blockers.push(WireBlocker {
-                    code: error.code().to_owned(),
-                    message: error.to_string(),
-                    remedy: palanquin_engine::destination::remedy(error.code()).to_owned(),
-                });
+                blockers.push(blocker_of(&error));
             }
         }
         Err(error) => blockers.push(WireBlocker {
@@ -311,20 +378,14 @@ fn arrive(
     channel: &Arc<Channel>,
     hello: &Hello,
     offer: Offer,
+    waiting: Waiting,
 ) -> Result<(), ChannelError> {
-    channel.set_receive_timeout(None)?;
     let order = offer.order.clone();
-    if !is_name(&order.vm_name) || agent.migration(order.migration).is_some() {
-        let blocker = WireBlocker {
-            code: "order-replayed".to_owned(),
-            message: "a migration of this identity was seen before, or its names make no sense"
-                .to_owned(),
-            remedy: "Start a new migration.".to_owned(),
-        };
-        return channel.send(&Message::Refused(Refused {
-            by_gate: true,
-            blockers: vec![blocker],
-        }));
+    // The session judges it once more; but an order that is refused must not cost one.
+    if let Ok(ledger) = agent.ledger(&order, &channel.peer.name)
+        && let Err(error) = order.judge(&ledger)
+    {
+        return refuse(channel, &order, &error);
     }
     let mut secret = StreamSecret([0; 32]);
     if rand::fill(&mut secret.0).is_err() {
@@ -352,14 +413,18 @@ fn arrive(
     );
     info.cipher = Some(channel.cipher.clone());
     info.key_exchange = Some(channel.key_exchange.clone());
-    let (sender, events) = channel_of_events();
+    let (sender, events) = channel_of();
     let tracked = Arc::new(Tracked::new(
         info,
         Some(Session::Destination(sender.clone())),
     ));
-    let session =
-        DestinationSession::new(agent, engine, &offer, channel, &tracked, sender.clone())?;
-    agent.track(order.migration, &tracked);
+    if !agent.track_new(order.migration, &tracked) {
+        return refuse(channel, &order, &OrderError::Replayed);
+    }
+    channel.set_receive_timeout(None)?;
+    let session = DestinationSession::new(agent, engine, &offer, channel, &tracked, sender.clone());
+    let session = session.inspect_err(|_| agent.untrack(order.migration))?;
+    drop(waiting);
     let _ = sender.send(DestinationEvent::Message(0, Message::Offer(offer)));
     let reader = Arc::clone(channel);
     thread::Builder::new()
@@ -369,18 +434,44 @@ fn arrive(
     Ok(())
 }
 
+/// Says why an order is not taken; nothing of it stays.
+fn refuse(channel: &Channel, order: &Order, error: &OrderError) -> Result<(), ChannelError> {
+    warn!(peer = %channel.peer, migration = %order.migration, code = error.code(), %error, "an order was refused");
+    channel.send(&Message::Refused(Refused {
+        by_gate: error.is_refusal(),
+        blockers: vec![blocker_of(error)],
+    }))?;
+    channel.close();
+    Ok(())
+}
+
+fn blocker_of(error: &OrderError) -> WireBlocker {
+    WireBlocker {
+        code: error.code().to_owned(),
+        message: error.to_string(),
+        remedy: palanquin_engine::destination::remedy(error.code()).to_owned(),
+    }
+}
+
 /// Tells a session what arrives on its connection, which is the one of this generation, until that is lost.
 fn forward(channel: &Channel, events: &Sender<DestinationEvent>, generation: u32) {
     loop {
-        let event = match channel.receive() {
-            Ok(message) => DestinationEvent::Message(generation, message),
-            Err(error) => {
-                let reason = Reason::new("connection-lost", chain(&error));
-                DestinationEvent::Lost(generation, reason)
+        for _ in 0..BACKLOG_MAX {
+            let event = match channel.receive() {
+                Ok(message) => DestinationEvent::Message(generation, message),
+                Err(error) => {
+                    let reason = Reason::new("connection-lost", chain(&error));
+                    DestinationEvent::Lost(generation, reason)
+                }
+            };
+            let lost = matches!(event, DestinationEvent::Lost(..));
+            if events.send(event).is_err() || lost {
+                return;
             }
-        };
-        let lost = matches!(event, DestinationEvent::Lost(..));
-        if events.send(event).is_err() || lost {
+        }
+        // Whoever sends faster than the session works waits.
+        let (done, all_done) = channel_of();
+        if events.send(DestinationEvent::Sync(done)).is_err() || all_done.recv().is_err() {
             return;
         }
     }
@@ -401,9 +492,38 @@ pub fn destination_config(agent: &Agent, stream_secret: StreamSecret) -> Destina
     }
 }
 
-fn channel_of_events() -> (
-    Sender<DestinationEvent>,
-    std::sync::mpsc::Receiver<DestinationEvent>,
-) {
+fn channel_of<T>() -> (Sender<T>, std::sync::mpsc::Receiver<T>) {
     channel()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::channel::tests::pair;
+
+    #[test]
+    fn whoever_sends_faster_than_the_session_works_waits() {
+        let (client, server) = pair();
+        let (sender, events) = channel_of();
+        let forwarding = thread::spawn(move || forward(&server, &sender, 0));
+        for _ in 0..10 * BACKLOG_MAX {
+            client.send(&Message::Ping).unwrap();
+        }
+        for _ in 0..3 {
+            let mut messages = 0;
+            let done = loop {
+                match events.recv_timeout(HANDSHAKE_DEADLINE) {
+                    Ok(DestinationEvent::Message(0, Message::Ping)) => messages += 1,
+                    Ok(DestinationEvent::Sync(done)) => break done,
+                    _ => panic!("another event, or none"),
+                }
+            };
+            assert_eq!(messages, BACKLOG_MAX);
+            let more = events.recv_timeout(Duration::from_millis(100));
+            assert!(more.is_err(), "it does not wait");
+            done.send(()).unwrap();
+        }
+        drop(events);
+        forwarding.join().unwrap();
+    }
 }

@@ -16,6 +16,7 @@ use palanquin_agent::tls::Tls;
 use palanquin_agent::{http, listener, recovery};
 use palanquin_api::config::AgentConfig;
 use palanquin_host::qemu::Qemu;
+use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -68,7 +69,23 @@ fn directory(path: &Path) -> Result<()> {
         .with_context(|| format!("cannot make the directory {}", path.display()))
 }
 
+/// Most files that this agent asks to open at the same time: some for each of the connections that its limits allow.
+const OPEN_FILES: u64 = 65_536;
+
+/// Takes as many file descriptors as this process may have: the customary 1024 would be used up by connections first.
+fn allow_open_files() {
+    let mut limit = getrlimit(Resource::Nofile);
+    let most = limit.maximum.unwrap_or(OPEN_FILES).min(OPEN_FILES);
+    if limit.current.is_some_and(|current| current < most) {
+        limit.current = Some(most);
+        if let Err(error) = setrlimit(Resource::Nofile, limit) {
+            tracing::warn!(%error, "the number of open files stays as it is");
+        }
+    }
+}
+
 fn run(path: &Path) -> Result<()> {
+    allow_open_files();
     let text =
         fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let config = AgentConfig::from_toml(&text)

@@ -24,12 +24,12 @@ use tracing::{debug, info, warn};
 
 use self::vm_worker::{VmJob, VmWorker};
 use crate::agent::Agent;
-use crate::channel::{Channel, ChannelError};
+use crate::channel::{BACKLOG_MAX, Channel, ChannelError};
 use crate::data_send::{Job, Pulled, SendError, Senders, Shared};
 use crate::digest::Digests;
 use crate::fail_point::{fail_point, fail_point_at, fail_point_record};
 use crate::stream_proof::{Opening, exporter_context};
-use crate::tls::{Authenticated, TlsError};
+use crate::tls::{Authenticated, TlsError, is_refusal};
 use crate::tracked::{Tracked, api_error, ms};
 
 /// Longest time for a TCP connection to stand.
@@ -59,6 +59,8 @@ pub enum SourceEvent {
     Assert(Verdict),
     /// Ask the destination now.
     Redial,
+    /// Whoever receives messages wants to know when those before have been worked on.
+    Sync(Sender<()>),
 }
 
 /// Parameters beyond the engine's.
@@ -219,6 +221,7 @@ impl SourceSession {
             }
             SourceEvent::Assert(verdict) => self.engine.handle_operator_verdict(now, verdict),
             SourceEvent::Redial => self.engine.handle_redial(now),
+            SourceEvent::Sync(done) => drop(done.send(())),
         }
     }
 
@@ -358,12 +361,19 @@ impl SourceSession {
                 return;
             }
             loop {
-                let event = match channel.receive() {
-                    Ok(message) => SourceEvent::Message(attempt, message),
-                    Err(error) => SourceEvent::Lost(attempt, channel_reason(&error)),
-                };
-                let lost = matches!(event, SourceEvent::Lost(..));
-                if sender.send(event).is_err() || lost {
+                for _ in 0..BACKLOG_MAX {
+                    let event = match channel.receive() {
+                        Ok(message) => SourceEvent::Message(attempt, message),
+                        Err(error) => SourceEvent::Lost(attempt, channel_reason(&error)),
+                    };
+                    let lost = matches!(event, SourceEvent::Lost(..));
+                    if sender.send(event).is_err() || lost {
+                        return;
+                    }
+                }
+                // Whoever sends faster than the session works waits.
+                let (done, all_done) = std::sync::mpsc::channel();
+                if sender.send(SourceEvent::Sync(done)).is_err() || all_done.recv().is_err() {
                     return;
                 }
             }
@@ -815,7 +825,7 @@ pub fn tls_reason(error: &TlsError) -> Reason {
 fn channel_reason(error: &ChannelError) -> Reason {
     // The other end's verdict on our certificate arrives with its first answer (RFC 8446, section 4.4.2.4).
     let code = match error {
-        ChannelError::Tls(rustls::Error::AlertReceived(_)) => "identity-refused",
+        ChannelError::Tls(error) if is_refusal(error) => "identity-refused",
         _ => "connection-lost",
     };
     Reason::new(code, chain(error))

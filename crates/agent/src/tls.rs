@@ -14,7 +14,7 @@ use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{ClientConfig, Connection, RootCertStore, ServerConfig, version};
+use rustls::{AlertDescription, ClientConfig, Connection, RootCertStore, ServerConfig, version};
 
 use crate::identity::{Identity, IdentityError, Kind};
 
@@ -80,14 +80,31 @@ impl TlsError {
     pub fn is_refusal(&self) -> bool {
         match self {
             Self::PeerIdentity(_) | Self::NotAHost(_) | Self::OtherHost { .. } => true,
-            Self::Handshake(error) => matches!(
-                error,
-                rustls::Error::InvalidCertificate(_)
-                    | rustls::Error::NoCertificatesPresented
-                    | rustls::Error::AlertReceived(_)
-            ),
+            Self::Handshake(error) => is_refusal(error),
             _ => false,
         }
+    }
+}
+
+/// Whether this error of TLS is about identities: ours, as the other end says, or its own. Records that were changed on
+/// the way are not.
+pub fn is_refusal(error: &rustls::Error) -> bool {
+    match error {
+        rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented => true,
+        // RFC 8446, section 6.2.
+        rustls::Error::AlertReceived(alert) => matches!(
+            alert,
+            AlertDescription::BadCertificate
+                | AlertDescription::UnsupportedCertificate
+                | AlertDescription::CertificateRevoked
+                | AlertDescription::CertificateExpired
+                | AlertDescription::CertificateUnknown
+                | AlertDescription::CertificateRequired
+                | AlertDescription::UnknownCA
+                | AlertDescription::AccessDenied
+                | AlertDescription::DecryptError
+        ),
+        _ => false,
     }
 }
 
@@ -342,4 +359,24 @@ pub fn is_timeout(error: &io::Error) -> bool {
         error.kind(),
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_alert_about_a_certificate_is_a_refusal_and_one_about_a_record_is_not() {
+        let alert = |alert| is_refusal(&rustls::Error::AlertReceived(alert));
+        assert!(alert(AlertDescription::UnknownCA));
+        assert!(alert(AlertDescription::CertificateExpired));
+        for other in [
+            AlertDescription::BadRecordMac,
+            AlertDescription::DecodeError,
+            AlertDescription::UnexpectedMessage,
+            AlertDescription::IllegalParameter,
+        ] {
+            assert!(!alert(other), "{other:?}");
+        }
+    }
 }

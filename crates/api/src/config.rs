@@ -260,6 +260,24 @@ impl AgentConfig {
             let message = format!("{count} is out of bounds");
             rules.check((1..=64).contains(&count), key, message, "1 to 64");
         }
+        let most = limits.max_pending;
+        for (key, count, bounds) in [
+            ("limits.max-pending", most, 16..=4096),
+            (
+                "limits.max-pending-per-address",
+                limits.max_pending_per_address,
+                4..=most,
+            ),
+            (
+                "limits.max-pending-per-host",
+                limits.max_pending_per_host,
+                4..=most,
+            ),
+        ] {
+            let message = format!("{count} is out of bounds");
+            let hint = format!("{} to {}", bounds.start(), bounds.end());
+            rules.check(bounds.contains(&count), key, message, &hint);
+        }
         let silence = limits.peer_silence;
         rules.check(
             (1000..=300_000).contains(&silence.as_millis()),
@@ -352,6 +370,15 @@ pub struct Limits {
     pub device_state: ByteSize,
     /// Silence of a peer after which the connection counts as lost. 1 s to 5 min, default 10 s.
     pub peer_silence: HumanDuration,
+    /// Connections whose other end has not authenticated itself, and, apart from those, connections of hosts that belong
+    /// to no migration. Where one more comes, the oldest of whoever has most is closed. 16 to 4096, default 256.
+    pub max_pending: u32,
+    /// Connections from one address (of IPv6 a /64) whose other end has not authenticated itself; where one more comes,
+    /// the oldest is closed. 4 to `max-pending`, default 64.
+    pub max_pending_per_address: u32,
+    /// Connections of one host that belong to no migration; where one more comes, the oldest is closed.
+    /// 4 to `max-pending`, default 64.
+    pub max_pending_per_host: u32,
 }
 
 impl Default for Limits {
@@ -362,6 +389,9 @@ impl Default for Limits {
             memory_reserve: ByteSize::mib(256),
             device_state: ByteSize::mib(256),
             peer_silence: HumanDuration::from_secs(10),
+            max_pending: 256,
+            max_pending_per_address: 64,
+            max_pending_per_host: 64,
         }
     }
 }
@@ -430,7 +460,8 @@ mod tests {
         let text = "name = \"-x\"\nstate-dir = \"relative\"\nruntime-dir = \"/r,x\"\n\
                     [tls]\nca = \"ca.pem\"\ncertificate = \"/c\"\nkey = \"/k\"\n\
                     [listen]\nmigration = \"0.0.0.0:0\"\n[hosts.\"b..c\"]\naddress = \"0.0.0.0:1\"\n\
-                    [limits]\nmax-inbound = 0\nmax-outbound = 65\npeer-silence = \"10ms\"\n\
+                    [limits]\nmax-inbound = 0\nmax-outbound = 65\nmax-pending = 15\n\
+                    max-pending-per-address = 3\nmax-pending-per-host = 16\npeer-silence = \"10ms\"\n\
                     device-state = \"1TiB\"\nmemory-reserve = \"9TiB\"\n\
                     [qemu]\nbinary = \"qemu\"\nallowed-paths = [\"/good\", \"/\"]\n";
         assert_eq!(
@@ -447,6 +478,9 @@ mod tests {
                 "hosts.b..c.address",
                 "limits.max-inbound",
                 "limits.max-outbound",
+                "limits.max-pending",
+                "limits.max-pending-per-address",
+                "limits.max-pending-per-host",
                 "limits.peer-silence",
                 "limits.device-state",
                 "limits.memory-reserve",

@@ -10,6 +10,7 @@ pub mod fail_point;
 pub mod guest;
 pub mod host;
 pub mod matrix;
+pub mod middle;
 pub mod network;
 pub mod observer;
 pub mod paths;

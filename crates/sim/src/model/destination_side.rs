@@ -187,7 +187,9 @@ impl World {
             return self.destination_done(op, DestinationDone::Done);
         }
         if !succeeds {
-            self.destination.cannot_resume |= job == ContainerJob::Activate;
+            if job == ContainerJob::Activate {
+                self.destination.cannot_resume = 4;
+            }
             return self.destination_failed(op, false);
         }
         if job == ContainerJob::Reserve {
@@ -212,7 +214,8 @@ impl World {
                 return self.destination_failed(op, false);
             }
             ContainerJob::Load => container.run = Run::Paused,
-            ContainerJob::Activate if self.destination.cannot_resume => {
+            ContainerJob::Activate if self.destination.cannot_resume > 0 => {
+                self.destination.cannot_resume -= 1;
                 return self.destination_failed(op, false);
             }
             ContainerJob::Activate => self.run_there(),
@@ -240,7 +243,7 @@ impl World {
         self.destination.recovery.clear();
         self.destination.expecting = None;
         self.destination.session = None;
-        self.destination.cannot_resume = false;
+        self.destination.cannot_resume = 0;
         self.destination.engine = None;
         self.destination.up = false;
         for connection in &mut self.connections {

@@ -147,8 +147,8 @@ pub(super) struct DestinationHost {
     pub(super) state_arrived: bool,
     pub(super) state_sealed: bool,
     pub(super) received: u8,
-    /// Resuming does not work until the agent starts again.
-    pub(super) cannot_resume: bool,
+    /// How many times more resuming does not work: until it is given up, where that is still possible.
+    pub(super) cannot_resume: u8,
 }
 
 /// A state.
@@ -205,7 +205,7 @@ impl World {
                 state_arrived: false,
                 state_sealed: false,
                 received: 0,
-                cannot_resume: false,
+                cannot_resume: 0,
             },
             connections: Vec::new(),
             paused_version: 0,

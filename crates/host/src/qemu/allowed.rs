@@ -381,6 +381,12 @@ fn netdev(keys: &Keys) -> Result<(), String> {
     }
 }
 
+/// The file behind an image and its format.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn behind_image(image: &Path) -> Result<Option<(PathBuf, String)>, String> {
+    image::backing(image).map(|found| found.map(|found| (found.path, found.format)))
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -1,6 +1,7 @@
 //! Development tasks: `cargo xtask`.
 #![forbid(unsafe_code)]
 
+mod fuzz;
 mod guest;
 mod programs;
 mod setup;
@@ -50,6 +51,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         what: Vec<String>,
     },
+    /// Give hostile input to every parser and to the state machines, see `docs/fuzzing.md`
+    Fuzz(fuzz::Wish),
     /// Remove what a killed run left behind
     CleanRig,
 }
@@ -130,6 +133,7 @@ fn perform(task: Task) -> Result<()> {
             let bench = root().join("target/release/palanquin-bench");
             programs::visible(programs::program(bench).args(what))
         }
+        Task::Fuzz(wish) => fuzz::fuzz(&wish),
         Task::CleanRig => run(
             "cargo",
             &[

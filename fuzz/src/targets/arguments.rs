@@ -487,15 +487,56 @@ fn image(data: &[u8]) {
     }
 }
 
+/// Whether these are options and values of which it is known which is which.
+fn is_proper(arguments: &[String]) -> bool {
+    const ALONE: [&str; 6] = [
+        "nodefaults",
+        "S",
+        "daemonize",
+        "nographic",
+        "snapshot",
+        "enable-kvm",
+    ];
+    const WITH_VALUE: [&str; 16] = [
+        "machine", "M", "m", "chardev", "mon", "pidfile", "incoming", "serial", "display",
+        "object", "name", "qmp", "device", "drive", "netdev", "kernel",
+    ];
+    let mut rest = arguments.iter();
+    while let Some(argument) = rest.next() {
+        let option = argument
+            .strip_prefix("--")
+            .or(argument.strip_prefix('-'))
+            .unwrap_or_default();
+        let mut has_value = || rest.next().is_some_and(|value| !value.starts_with('-'));
+        if !ALONE.contains(&option) && !(WITH_VALUE.contains(&option) && has_value()) {
+            return false;
+        }
+    }
+    true
+}
+
 fn adopted(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     let arguments: Vec<String> = text.split('\n').map(str::to_owned).collect();
-    let portable = portable_arguments(&arguments, Path::new("/vm"), "pc-q35-7.2");
-    // No QEMU runs with an option that lacks its value, or with three dashes before one.
-    let is_option = |arg: &String| arg.starts_with('-') && !arg.starts_with("--");
-    if portable.len().is_multiple_of(2) && portable.chunks(2).all(|pair| is_option(&pair[0])) {
-        let again = portable_arguments(&portable, Path::new("/vm"), "pc-q35-7.2");
+    let dir = Path::new("/state/vms/1");
+    let portable = portable_arguments(&arguments, dir, "pc-q35-7.2");
+    if is_proper(&arguments) {
+        let again = portable_arguments(&portable, dir, "pc-q35-7.2");
         assert_eq!(again, portable, "what is portable stays as it is");
+        for bad in [
+            "-qmp",
+            "-mon",
+            "-incoming",
+            "-pidfile",
+            "-S",
+            "-daemonize",
+            "-M",
+        ] {
+            assert!(
+                !portable.iter().any(|arg| arg == bad),
+                "{bad} is of this host"
+            );
+        }
     }
     assert!(portable.iter().any(|arg| arg == "-machine"));
 }

@@ -1,6 +1,7 @@
 //! Development tasks: `cargo xtask`.
 #![forbid(unsafe_code)]
 
+mod fuzz;
 mod guest;
 mod matrix;
 mod programs;
@@ -72,6 +73,8 @@ enum Task {
         #[arg(long)]
         table: bool,
     },
+    /// Give hostile input to every parser and to the state machines, see `docs/fuzzing.md`
+    Fuzz(fuzz::Wish),
     /// Remove what a killed run left behind
     CleanRig,
 }
@@ -156,6 +159,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Matrix {
             chains, missing, ..
         } => matrix::run(chains.clamp(1, 16), missing),
+        Task::Fuzz(wish) => fuzz::fuzz(&wish),
         Task::CleanRig => run(
             "cargo",
             &[

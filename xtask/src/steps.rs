@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use crate::{guest, programs, root, run, setup, tidy};
+use crate::{fuzz, guest, programs, root, run, setup, tidy};
 
 /// Something that passes or says why not.
 type Step = fn() -> Result<()>;
@@ -14,9 +14,15 @@ const DENY: &str = "0.20.2";
 
 /// All steps; stops at the first that fails, and always says how far it came.
 pub(crate) fn test() -> Result<()> {
-    let steps: [(&str, Step); 11] = [
+    let steps: [(&str, Step); 12] = [
         ("install", setup::install),
-        ("format", || run("cargo", &["fmt", "--all", "--check"])),
+        ("format", || {
+            run("cargo", &["fmt", "--all", "--check"])?;
+            run(
+                "cargo",
+                &["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"],
+            )
+        }),
         ("lints", || {
             run(
                 "cargo",
@@ -56,6 +62,7 @@ pub(crate) fn test() -> Result<()> {
                 &["run", "-p", "palanquin-sim", "--", "--seeds", "5000"],
             )
         }),
+        ("fuzz smoke", fuzz::smoke),
         ("build for the end", build_for_the_end),
         ("end to end", || {
             setup::require_root("the end-to-end tests make network namespaces")?;

@@ -215,7 +215,12 @@ fn take_len(received: &[u8]) -> Result<Option<usize>, MessageError> {
     }
 }
 
-fn take_message(received: &mut Vec<u8>) -> Result<Option<Message>, MessageError> {
+/// Takes the next message from bytes as they arrived, in whatever pieces that was; nothing while it is not complete.
+///
+/// # Errors
+///
+/// What came is no message.
+pub fn take_message(received: &mut Vec<u8>) -> Result<Option<Message>, MessageError> {
     let Some(len) = take_len(received)? else {
         return Ok(None);
     };

@@ -9,6 +9,8 @@
 
 mod error;
 pub mod facts;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod process;
 pub mod qemu;
 mod sys;

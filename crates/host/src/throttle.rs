@@ -488,6 +488,19 @@ fn owner(name: &str) -> Option<u32> {
     rest.parse().ok()
 }
 
+/// The group in a text of `/proc/PID/cgroup`, in the first hierarchy of a text of `/proc/PID/mountinfo`; and the
+/// processes that groups of these names are for.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn group(mounts: &str, groups: &str) -> (Option<PathBuf>, Vec<u32>) {
+    let owners = groups.lines().filter_map(owner).collect();
+    let hierarchy = mounts.lines().find_map(parse_mount);
+    let group = hierarchy.and_then(|hierarchy| {
+        let path = groups.lines().find_map(|line| hierarchy.parse_group(line));
+        path.map(Path::to_owned)
+    });
+    (group, owners)
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};

@@ -692,7 +692,7 @@ impl Destination {
             self.resuming = None;
             if failure.vm_gone {
                 self.handle_container_gone(now);
-            } else {
+            } else if !matches!(self.state, State::RecordingEnd(_) | State::Ended) {
                 self.resume_at = Some(now + RETRY);
             }
             return;

@@ -51,6 +51,7 @@ impl Destination {
     pub(super) fn record_end(&mut self) {
         let op = self.journal(DestinationRecord::Activated);
         self.deadline = None;
+        self.resume_at = None;
         self.state = State::RecordingEnd(Some(op));
     }
 
@@ -174,6 +175,7 @@ impl Destination {
 
     pub(super) fn finish(&mut self, ending: DestinationEnding) {
         self.deadline = None;
+        self.resume_at = None;
         self.live = None;
         self.state = State::Ended;
         self.actions.push_back(DestinationAction::Finish(ending));

@@ -783,9 +783,11 @@ impl Source {
         }
     }
 
-    /// The operator has looked at the destination and says what became of the VM.
+    /// The operator has looked at the destination and says what became of the VM: that it owns it, or that it does not.
+    /// Any other verdict only the destination can give, on a connection; it is ignored here.
     pub fn handle_operator_verdict(&mut self, now: Time, verdict: Verdict) {
-        if matches!(self.state, State::InDoubt(_)) {
+        let decides = matches!(verdict, Verdict::Owned(_) | Verdict::Discarded);
+        if decides && matches!(self.state, State::InDoubt(_)) {
             self.judged(now, verdict);
         }
     }

@@ -180,6 +180,7 @@ impl Judge<'_> {
             }
             Some("rng-random") => {
                 keys.only(&["qom-type", "id", "filename"])?;
+                keys.no_path_but(&["filename"])?;
                 match keys.get("filename") {
                     None | Some("/dev/urandom" | "/dev/random") => Ok(()),
                     Some(_) => Err("only /dev/urandom and /dev/random".to_owned()),
@@ -254,6 +255,7 @@ fn device(keys: &Keys) -> Result<(), String> {
 }
 
 fn chardev(keys: &Keys) -> Result<(), String> {
+    keys.no_path_but(&["path"])?;
     match keys.get("backend") {
         Some("null") => keys.only(&["backend", "id"]),
         Some("ringbuf") => {
@@ -353,6 +355,8 @@ fn is_in_vm_dir(path: &str) -> bool {
 }
 
 fn netdev(keys: &Keys) -> Result<(), String> {
+    // A network with the length of its prefix.
+    keys.no_path_but(&["net"])?;
     match keys.get("type") {
         Some("tap") => {
             keys.only(&[
@@ -375,6 +379,12 @@ fn netdev(keys: &Keys) -> Result<(), String> {
         Some("user") => keys.only(&["type", "id", "net", "restrict", "ipv4", "ipv6"]),
         _ => Err("this network is not accepted from another host".to_owned()),
     }
+}
+
+/// The file behind an image and its format.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn behind_image(image: &Path) -> Result<Option<(PathBuf, String)>, String> {
+    image::backing(image).map(|found| found.map(|found| (found.path, found.format)))
 }
 
 #[cfg(test)]
@@ -409,6 +419,13 @@ mod tests {
             &["-netdev", "tap,id=n,ifname=t,script=/tmp/x,downscript=no"][..],
             &["-netdev", "tap,id=n,ifname=t"],
             &["-netdev", "user,id=n,hostfwd=tcp::22-:22"],
+            &["-netdev", "user,id=n,restrict=/dev/urandom"],
+            &[
+                "-netdev",
+                "tap,id=n,ifname=t,script=no,downscript=no,vhost=/x",
+            ],
+            &["-chardev", "null,id=/x"],
+            &["-object", "rng-random,id=/x,filename=/dev/urandom"],
             &["-netdev", "user,id=n,guestfwd=tcp:1.1.1.1:1-cmd:sh"],
             &["-netdev", "bridge,id=n,helper=/tmp/x"],
             &["-chardev", "pipe,id=x,path=/tmp/x"],

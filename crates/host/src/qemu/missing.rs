@@ -319,6 +319,18 @@ fn features(info: &str) -> Option<u64> {
     u64::from_str_radix(line.trim().split(':').nth(1)?, 16).ok()
 }
 
+/// Whether these are the features of a userfaultfd of ours.
+#[cfg(feature = "fuzzing")]
+pub(super) fn is_ours(info: &str) -> bool {
+    features(info) == Some(uffd::MISS_PAGES | uffd::INITIALIZED)
+}
+
+/// Address of a fault.
+#[cfg(feature = "fuzzing")]
+pub(super) fn fault_address(message: &[u8]) -> Option<u64> {
+    parse(message)
+}
+
 /// A copy of the descriptor that an agent before us left open in the process.
 fn take_left(process: &Process, ram: &QemuRam) -> Result<Option<OwnedFd>, Error> {
     for fd in left(process)? {

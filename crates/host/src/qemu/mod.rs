@@ -2,6 +2,8 @@
 
 mod allowed;
 mod command_line;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod missing;
 mod qmp;
 mod ram;

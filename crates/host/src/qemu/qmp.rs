@@ -264,6 +264,15 @@ fn left(deadline: Instant) -> io::Result<Duration> {
     }
 }
 
+/// What a client makes of a monitor that has sent these bytes and hung up.
+#[cfg(feature = "fuzzing")]
+pub(super) fn answer(said: UnixStream, deadline: Instant) -> io::Result<Option<Value>> {
+    let mut connection = Connection(BufReader::new(said));
+    connection
+        .exchange(b"", None, deadline)
+        .map(|reply| reply.value)
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Read;

@@ -354,6 +354,13 @@ fn parse_mapping(line: &str) -> Option<Mapping> {
     })
 }
 
+/// Addresses of the mappings in `/proc/PID/maps`.
+#[cfg(feature = "fuzzing")]
+pub(super) fn mapped(maps: &str) -> Vec<Range<u64>> {
+    let mappings = maps.lines().filter_map(parse_mapping);
+    mappings.map(|mapping| mapping.range()).collect()
+}
+
 impl GuestRam for QemuRam {
     fn regions(&self) -> &[Region] {
         &self.regions

@@ -68,3 +68,9 @@ pub(super) fn remove(vm_dir: &Path) -> Result<(), Error> {
         _ => Ok(()),
     }
 }
+
+/// Whether this is a note.
+#[cfg(feature = "fuzzing")]
+pub(super) fn is_note(bytes: &[u8]) -> bool {
+    serde_json::from_slice::<Note>(bytes).is_ok()
+}

@@ -62,6 +62,17 @@ impl Keys {
         }
         Ok(())
     }
+
+    /// Refuses every value with a slash but those of these keys, which are judged on their own.
+    pub(super) fn no_path_but(&self, judged: &[&str]) -> Result<(), String> {
+        match self
+            .iter()
+            .find(|(key, value)| value.contains('/') && !judged.contains(key))
+        {
+            Some((key, _)) => Err(format!("the key {key:?} names something of the host")),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Letters, digits, `_`, `-` and `.`; not empty.

@@ -29,7 +29,7 @@ fn order() -> Order {
 }
 
 fn layout() -> RamLayout {
-    RamLayout::new(vec![600]).unwrap()
+    RamLayout::new(vec![600]).expect("a layout")
 }
 
 /// A destination that was restarted, whose VM could not be resumed and is to be once more in a second.

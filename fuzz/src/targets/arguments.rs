@@ -357,21 +357,58 @@ fn harmless(descriptor: &Descriptor, dir: &Path) {
             // Of plain words and numbers the last may count.
             let times = keys.clone().filter(|(other, _)| *other == name).count();
             let plain = [
-                "-numa", "-cpu", "-smp", "-m", "-rtc", "-uuid", "-k", "-action",
+                "-watchdog-action",
+                "-numa",
+                "-cpu",
+                "-smp",
+                "-m",
+                "-rtc",
+                "-uuid",
+                "-k",
+                "-action",
             ]
             .contains(&option);
             assert!(times == 1 || plain, "{option} {value}: QEMU takes the last");
-            match name {
-                // A node of memory is described in words of its own.
-                _ if option == "-numa" => {}
-                "fd" | "fds" | "vhostfd" | "vhostfds" | "mem-path" | "romfile" | "sysfsdev"
-                | "splash" | "socket" | "hostaddr" | "hostfwd" | "guestfwd" | "smb" | "tftp"
-                | "bootfile" | "helper" | "br" | "vhost-user" | "opaque" | "dumpdtb" | "dtb"
-                | "firmware" | "initrd" | "kernel" | "exec" => {
-                    panic!("{option} {value}")
-                }
-                "script" | "downscript" => assert!(option != "-netdev" || of == "no", "{value}"),
-                _ => {}
+            let taken_from_the_host = match option {
+                "-netdev" => matches!(
+                    name,
+                    "fd" | "fds"
+                        | "vhostfd"
+                        | "vhostfds"
+                        | "helper"
+                        | "br"
+                        | "hostfwd"
+                        | "guestfwd"
+                        | "smb"
+                        | "tftp"
+                        | "bootfile"
+                        | "listen"
+                        | "connect"
+                        | "path"
+                ),
+                "-device" | "-object" => matches!(
+                    name,
+                    "fd" | "fds"
+                        | "vhostfd"
+                        | "vhostfds"
+                        | "mem-path"
+                        | "romfile"
+                        | "sysfsdev"
+                        | "socket"
+                        | "path"
+                        | "host"
+                        | "exec"
+                        | "file"
+                ),
+                "-chardev" => matches!(name, "fd" | "host" | "port" | "server" | "input-path"),
+                "-machine" => matches!(name, "kernel" | "initrd" | "dtb" | "firmware" | "dumpdtb"),
+                "-boot" => name == "splash",
+                "-accel" => name == "device",
+                _ => false,
+            };
+            assert!(!taken_from_the_host, "{option} {value}");
+            if option == "-netdev" && matches!(name, "script" | "downscript") {
+                assert_eq!(of, "no", "{value}");
             }
         }
         // Only what is judged as a file of the host names one.
@@ -412,7 +449,10 @@ fn harmless(descriptor: &Descriptor, dir: &Path) {
             assert!(real.starts_with(&dir) && real.is_file(), "{option} {value}");
         }
         match option {
-            "-object" if value.contains("memory-backend") => memory += 1,
+            "-object" => {
+                let kind = key(value, "qom-type").or(value.split(',').next());
+                memory += usize::from(kind.is_some_and(|kind| kind.starts_with("memory-backend-")));
+            }
             "-drive" => {
                 assert!(
                     key(value, "file").is_none()

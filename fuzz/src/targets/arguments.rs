@@ -230,7 +230,7 @@ fn bytes_of(size: &str) -> Option<u64> {
     let (digits, shift) = match size.as_bytes().last()? {
         b'0'..=b'9' => (size, 0),
         last => (
-            &size[..size.len() - 1],
+            size.get(..size.len() - 1)?,
             b"bkmgt"
                 .iter()
                 .position(|b| *b == last.to_ascii_lowercase())?

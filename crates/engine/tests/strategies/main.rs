@@ -1,4 +1,5 @@
 //! Strategies against each other: the real source, in virtual time, over guests that write more or less.
+#![forbid(unsafe_code)]
 
 mod guest;
 mod world;

@@ -109,6 +109,8 @@ pub struct DestinationSession {
     shared: Option<Arc<Shared>>,
     sockets: Vec<TcpStream>,
     streams: usize,
+    /// Whether the container was told to load.
+    loading: bool,
     /// What the streams said that have delivered what was written until the pause: whether the VM runs before its last
     /// pages are here.
     drained: Vec<bool>,
@@ -153,6 +155,7 @@ impl DestinationSession {
             shared: None,
             sockets: Vec::new(),
             streams: 0,
+            loading: false,
             drained: Vec::new(),
             delivered: 0,
             round: 0,
@@ -211,6 +214,7 @@ impl DestinationSession {
             shared: Some(shared),
             sockets: Vec::new(),
             streams: 0,
+            loading: false,
             drained: Vec::new(),
             delivered: 0,
             round: 0,
@@ -403,6 +407,7 @@ impl DestinationSession {
             }
             DestinationAction::LoadDeviceState { op, post_copy } => match &self.shared {
                 Some(shared) => {
+                    self.loading = true;
                     let channel = post_copy.then(|| Arc::clone(&self.channel));
                     let shared = Arc::clone(shared);
                     self.worker.give(ContainerJob::Load(op, shared, channel));
@@ -428,6 +433,10 @@ impl DestinationSession {
                 self.close_streams();
                 if let Some(shared) = &self.shared {
                     shared.device_state.cancel();
+                }
+                if let Some(vm) = self.vm.as_ref().filter(|_| self.loading) {
+                    // It may wait for a page that will never come.
+                    vm.kill();
                 }
                 self.worker.give(ContainerJob::Terminate(op));
             }

@@ -223,6 +223,10 @@ pub trait Vm: Send + Sync {
     /// Ends the hypervisor and waits for it, by force where it does not answer. Idempotent.
     fn terminate(&self) -> Result<(), Error>;
 
+    /// Ends the hypervisor by force and at once, also while another thread waits for an answer of it; that gets an error.
+    /// For a container that has never run: nothing is flushed.
+    fn kill(&self);
+
     /// Waits until the process has ended or the time is up; true if it has ended.
     fn wait_ended(&self, timeout: Duration) -> bool;
 }

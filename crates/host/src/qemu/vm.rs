@@ -527,6 +527,11 @@ impl Vm for QemuVm {
         }
     }
 
+    fn kill(&self) {
+        // Not over the monitor: it may answer nobody while a device waits for a page.
+        self.process.kill(KILL_TIMEOUT);
+    }
+
     fn wait_ended(&self, timeout: Duration) -> bool {
         self.process.has_ended(timeout)
     }

@@ -47,7 +47,7 @@ fn begin() -> Source {
 /// Plays a good destination until the commit is sent.
 fn play_until_commit(source: &mut Source) {
     let now = Time::default();
-    let layout = RamLayout::new(vec![1]).unwrap();
+    let layout = RamLayout::new(vec![1]).expect("one page");
     let mut attempt = 0;
     while let Some(action) = source.poll_action() {
         let done = |source: &mut Source, op| source.handle_done(now, op, Ok(SourceDone::Done));

@@ -179,7 +179,10 @@ impl World {
             return self.destination_done(op, DestinationDone::Done);
         }
         if !succeeds {
-            self.destination.cannot_resume |= job == ContainerJob::Activate;
+            // A restarted agent never gives up; there it fails once.
+            let engine = self.destination.engine.as_ref();
+            let gives_up = engine.is_some_and(|d| d.phase() == DestinationPhase::Committing);
+            self.destination.cannot_resume |= job == ContainerJob::Activate && gives_up;
             return self.destination_failed(op, false);
         }
         if job == ContainerJob::Reserve {

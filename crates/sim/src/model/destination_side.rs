@@ -187,7 +187,10 @@ impl World {
             return self.destination_done(op, DestinationDone::Done);
         }
         if !succeeds {
-            if job == ContainerJob::Activate {
+            // A restarted agent never gives up; there it fails once.
+            let engine = self.destination.engine.as_ref();
+            let gives_up = engine.is_some_and(|d| d.phase() == DestinationPhase::Committing);
+            if job == ContainerJob::Activate && gives_up {
                 self.destination.cannot_resume = 4;
             }
             return self.destination_failed(op, false);

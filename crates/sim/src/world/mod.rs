@@ -293,7 +293,7 @@ impl World {
             now: 0,
             random,
             queue: BinaryHeap::new(),
-            events: Vec::new(),
+            events: Vec::with_capacity(1024),
             mutation,
             layout,
             order,
@@ -671,7 +671,7 @@ impl World {
                 if connection == self.source_end && self.source_up {
                     match self.open_record(&record, true) {
                         Some(message) => self.source_receives(message),
-                        None => self.tampering_noticed(),
+                        None => self.tampering_noticed(true),
                     }
                 }
             }
@@ -679,7 +679,7 @@ impl World {
                 if connection == self.destination_end && self.destination_up {
                     match self.open_record(&record, false) {
                         Some(message) => self.destination_receives(connection, message),
-                        None => self.tampering_noticed(),
+                        None => self.tampering_noticed(false),
                     }
                 }
             }
@@ -787,7 +787,10 @@ impl World {
             }
         }
         if self.now < FAULTS_END {
-            let delay = self.delay(self.write_delay_ms);
+            // Nobody looks at the writes of a guest that is not being moved.
+            let moving = self.source.is_some() || self.destination.is_some();
+            let every_ms = if moving { self.write_delay_ms } else { 250 };
+            let delay = self.delay(every_ms);
             self.after(delay, Event::GuestWrites);
         }
     }

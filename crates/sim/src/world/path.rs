@@ -54,6 +54,8 @@ pub(super) struct Direction {
     connection: u32,
     sent: u64,
     received: u64,
+    /// Something else than what comes next has arrived: nothing more does.
+    over: bool,
     /// What was sent and has not arrived: the truth that the tags stand for.
     truth: VecDeque<Message>,
 }
@@ -169,7 +171,7 @@ impl World {
         let genuine = record.sequence == expected
             && record.tag == direction.tag(back, expected, &record.bytes);
         direction.received += 1;
-        if !genuine && !trusts && !takes_half {
+        if direction.over || !genuine && !trusts && !takes_half {
             return None;
         }
         let truth = direction.truth.pop_front();
@@ -188,9 +190,11 @@ impl World {
     }
 
     /// The connection is over for the end that noticed; the other learns of it.
-    pub(super) fn tampering_noticed(&mut self) {
-        self.noticed += 1;
-        self.cut();
+    pub(super) fn tampering_noticed(&mut self, back: bool) {
+        if !std::mem::replace(&mut self.direction(back).over, true) {
+            self.noticed += 1;
+            self.cut();
+        }
     }
 
     fn end_after_this(&mut self) {

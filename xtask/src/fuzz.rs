@@ -38,6 +38,9 @@ pub(crate) struct Wish {
     /// Run only this input
     #[arg(long, value_name = "FILE", requires = "targets")]
     input: Option<PathBuf>,
+    /// Start of all chance, so that a run can be repeated as far as its time reached [default: another each time]
+    #[arg(long)]
+    seed: Option<u32>,
     /// Targets [default: all]
     targets: Vec<String>,
 }
@@ -48,6 +51,8 @@ pub(crate) fn smoke() -> Result<()> {
         seconds: SMOKE_SECONDS,
         make_corpus: false,
         input: None,
+        // What no change of the code explains must not stop one: new ground is for longer runs.
+        seed: Some(1),
         targets: Vec::new(),
     })
 }
@@ -85,7 +90,7 @@ pub(crate) fn fuzz(wish: &Wish) -> Result<()> {
         "target", "executions", "edges", "features", "inputs"
     );
     for target in targets {
-        match run(&program, target, wish.seconds) {
+        match run(&program, target, wish) {
             Ok(line) => println!("{line}"),
             Err(error) => {
                 println!("{target:16} FAILED\n{error:#}");
@@ -184,7 +189,7 @@ fn seeds_below(dir: &Path) -> Result<Vec<(PathBuf, Vec<u8>)>> {
 }
 
 /// Runs one target; a line with what it did.
-fn run(program: &Path, target: &str, seconds: u64) -> Result<String> {
+fn run(program: &Path, target: &str, wish: &Wish) -> Result<String> {
     let work = work_dir();
     let (found, kept) = (work.join("corpus").join(target), corpus_dir().join(target));
     let log = work.join("log").join(target);
@@ -195,7 +200,9 @@ fn run(program: &Path, target: &str, seconds: u64) -> Result<String> {
     let output = File::create(&log).with_context(|| log.display().to_string())?;
     let mut command = as_told(program, target);
     command
-        .arg(format!("-max_total_time={seconds}"))
+        .arg(format!("-max_total_time={}", wish.seconds))
+        // 0 is libFuzzer's word for chance.
+        .arg(format!("-seed={}", wish.seed.unwrap_or(0)))
         .args(["-timeout=10", "-rss_limit_mb=1024", "-print_final_stats=1"])
         .arg(format!(
             "-artifact_prefix={}/{target}-",

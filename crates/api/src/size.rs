@@ -198,6 +198,14 @@ impl FromStr for HumanDuration {
     type Err = humantime::DurationError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
+        // The library panics where the sum of the parts just exceeds what fits: that takes more than this.
+        let longest_number = text
+            .split(|c: char| !c.is_ascii_digit())
+            .map(str::len)
+            .max();
+        if text.len() > 64 || longest_number.is_some_and(|digits| digits > 9) {
+            return Err(humantime::DurationError::NumberOverflow);
+        }
         humantime::parse_duration(text).map(Self)
     }
 }
@@ -288,6 +296,15 @@ mod tests {
         for odd in ["100Mb/s", "100mb/s", "1Gb/s", "1kb/s", "1Mib/s"] {
             assert!(odd.parse::<Bandwidth>().is_err(), "{odd}");
         }
+    }
+
+    #[test]
+    fn a_duration_whose_parts_add_up_to_too_much_is_refused() {
+        for text in ["18446744073709551615.1 s0.9 s", "18446744073709551616s"] {
+            assert!(text.parse::<HumanDuration>().is_err(), "{text}");
+        }
+        let parts = "999999999years ".repeat(4);
+        assert!(parts.trim().parse::<HumanDuration>().is_ok());
     }
 
     #[test]

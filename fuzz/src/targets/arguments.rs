@@ -8,7 +8,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use palanquin_agent::destination_session::descriptor_of;
+use palanquin_agent::destination_session::{descriptor_of, wire_blocker};
 use palanquin_engine::message::Offer;
 use palanquin_host::fuzzing::{VM_DIR, behind_image, judge_arguments, portable_arguments};
 use palanquin_host::vm::{Descriptor, Region};
@@ -227,15 +227,14 @@ fn key<'a>(value: &'a str, wanted: &str) -> Option<&'a str> {
 }
 
 fn bytes_of(size: &str) -> Option<u64> {
-    let (digits, shift) = match size.as_bytes().last()? {
-        b'0'..=b'9' => (size, 0),
-        last => (
-            size.get(..size.len() - 1)?,
-            b"bkmgt"
-                .iter()
-                .position(|b| *b == last.to_ascii_lowercase())?
-                * 10,
-        ),
+    let digits = size.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match size[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        _ => return None,
     };
     digits.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
@@ -270,7 +269,11 @@ fn arriving(data: &[u8]) {
         harmless(&descriptor, dir);
     } else {
         for obstacle in refused {
-            assert!(!obstacle.message.contains('\n') && obstacle.message.len() < 4096);
+            assert!(!obstacle.message.contains('\n'));
+            assert!(
+                wire_blocker(&obstacle).message.len() <= 2048,
+                "more than may cross the wire"
+            );
         }
     }
 }
@@ -438,6 +441,10 @@ fn harmless(descriptor: &Descriptor, dir: &Path) {
                 continue;
             }
             if (option, name) == ("-netdev", "net") {
+                assert!(
+                    path.bytes()
+                        .all(|b| b.is_ascii_hexdigit() || b".:/".contains(&b))
+                );
                 continue;
             }
             let judged = matches!((option, name), ("-drive", "file"))
@@ -513,7 +520,7 @@ fn descriptor(data: &[u8]) {
             );
             let _ = judge_arguments(&descriptor, &[]);
         }
-        Err(blocker) => assert!(!blocker.code.is_empty()),
+        Err(blocker) => assert!(!blocker.code.is_empty() && blocker.message.len() <= 2048),
     }
 }
 

@@ -152,7 +152,8 @@ pub fn wire_blocker(obstacle: &Obstacle) -> WireBlocker {
 pub fn descriptor_of(offer: &Offer) -> Result<Descriptor, WireBlocker> {
     let odd = |message: String| WireBlocker {
         code: "descriptor".to_owned(),
-        message,
+        // What cannot be read may be quoted in full.
+        message: message.chars().take(500).collect(),
         remedy: "Report this: the source describes a VM that cannot exist.".to_owned(),
     };
     let descriptor: Descriptor = serde_json::from_slice(&offer.descriptor)
@@ -332,5 +333,43 @@ impl Work {
             }),
             _ => Ok(DestinationDone::Done),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use palanquin_engine::ids::{Epoch, MigrationId, VmId};
+    use palanquin_engine::message::{Message, Refused};
+    use palanquin_engine::order::Order;
+    use palanquin_engine::strategy::PostCopyUse;
+
+    use super::*;
+
+    #[test]
+    fn a_description_that_cannot_be_read_is_refused_in_words_that_fit_a_message() {
+        let offer = Offer {
+            order: Order {
+                migration: MigrationId([1; 16]),
+                vm: VmId([2; 16]),
+                vm_name: "web".to_owned(),
+                epoch: Epoch(1),
+                source: "a".to_owned(),
+                destination: "b".to_owned(),
+                expires_unix_s: 0,
+                run: true,
+            },
+            descriptor: format!("{{\"arguments\":\"{}\"}}", "x".repeat(5000)).into_bytes(),
+            region_pages: vec![1],
+            streams: 1,
+            digest_seed: 0,
+            post_copy: PostCopyUse::No,
+        };
+        let blockers = vec![descriptor_of(&offer).unwrap_err()];
+        let refused = Message::Refused(Refused {
+            by_gate: false,
+            blockers,
+        });
+        let bytes = refused.encode().unwrap();
+        assert_eq!(Message::decode(&bytes[4..]), Ok(refused));
     }
 }

@@ -376,7 +376,14 @@ fn netdev(keys: &Keys) -> Result<(), String> {
                 _ => Err("a tap needs its name".to_owned()),
             }
         }
-        Some("user") => keys.only(&["type", "id", "net", "restrict", "ipv4", "ipv6"]),
+        Some("user") => {
+            keys.only(&["type", "id", "net", "restrict", "ipv4", "ipv6"])?;
+            let is_part = |b: u8| b.is_ascii_hexdigit() || b".:/".contains(&b);
+            match keys.get("net") {
+                Some(net) if !net.bytes().all(is_part) => Err("not an address".to_owned()),
+                _ => Ok(()),
+            }
+        }
         _ => Err("this network is not accepted from another host".to_owned()),
     }
 }
@@ -420,6 +427,7 @@ mod tests {
             &["-netdev", "tap,id=n,ifname=t"],
             &["-netdev", "user,id=n,hostfwd=tcp::22-:22"],
             &["-netdev", "user,id=n,restrict=/dev/urandom"],
+            &["-netdev", "user,id=n,net=@VM_DIR@/x"],
             &[
                 "-netdev",
                 "tap,id=n,ifname=t,script=no,downscript=no,vhost=/x",

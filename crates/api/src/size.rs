@@ -173,7 +173,10 @@ impl FromStr for Bandwidth {
     }
 }
 
-/// A duration, written `300ms`, `10s` or `10min`.
+/// Longest duration that is read: a hundred years.
+const LONGEST: Duration = Duration::from_secs(100 * 31_557_600);
+
+/// A duration, written `300ms`, `10s` or `10min`; at most a hundred years.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct HumanDuration(Duration);
 
@@ -198,15 +201,18 @@ impl FromStr for HumanDuration {
     type Err = humantime::DurationError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        // The library panics where the sum of the parts just exceeds what fits: that takes more than this.
-        let longest_number = text
-            .split(|c: char| !c.is_ascii_digit())
-            .map(str::len)
-            .max();
-        if text.len() > 64 || longest_number.is_some_and(|digits| digits > 9) {
-            return Err(humantime::DurationError::NumberOverflow);
+        let too_much = Err(humantime::DurationError::NumberOverflow);
+        // The library panics where the sum of the parts just exceeds what fits: that takes more than this. It takes
+        // digits with spaces between them for one number.
+        let solid: String = text.chars().filter(|c| !c.is_whitespace()).collect();
+        let mut numbers = solid.split(|c: char| !c.is_ascii_digit());
+        if solid.len() > 64 || numbers.any(|digits| digits.len() > 12) {
+            return too_much;
         }
-        humantime::parse_duration(text).map(Self)
+        match humantime::parse_duration(text) {
+            Ok(duration) if duration > LONGEST => too_much,
+            other => other.map(Self),
+        }
     }
 }
 
@@ -303,8 +309,8 @@ mod tests {
         for text in ["18446744073709551615.1 s0.9 s", "18446744073709551616s"] {
             assert!(text.parse::<HumanDuration>().is_err(), "{text}");
         }
-        let parts = "999999999years ".repeat(4);
-        assert!(parts.trim().parse::<HumanDuration>().is_ok());
+        assert!("100years".parse::<HumanDuration>().is_ok());
+        assert!("101years".parse::<HumanDuration>().is_err());
     }
 
     #[test]
@@ -332,13 +338,13 @@ mod tests {
         }
 
         #[test]
-        fn a_duration_is_read_back_as_written(ms in 0_u64..1 << 50) {
+        fn a_duration_is_read_back_as_written(ms in 0_u64..1 << 41) {
             let duration = HumanDuration(Duration::from_millis(ms));
             prop_assert_eq!(duration.to_string().parse::<HumanDuration>().unwrap(), duration);
         }
 
         #[test]
-        fn sizes_and_durations_cross_json(bytes in any::<u64>(), seconds in 0_u64..1 << 40) {
+        fn sizes_and_durations_cross_json(bytes in any::<u64>(), seconds in 0_u64..1 << 31) {
             let pair = (ByteSize::new(bytes), HumanDuration::from_secs(seconds));
             let json = serde_json::to_string(&pair).unwrap();
             prop_assert_eq!(serde_json::from_str::<(ByteSize, HumanDuration)>(&json).unwrap(), pair);

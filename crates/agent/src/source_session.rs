@@ -559,7 +559,11 @@ impl SourceSession {
             RoundMark::End | RoundMark::Last => jobs += senders.all(op, &end),
             RoundMark::Pushed => jobs += senders.all(op, &end) + senders.urgent(op, end),
         }
-        fail_point("source-round");
+        fail_point(match then {
+            // What saving the device state has written, under any strategy.
+            RoundMark::Last => "source-last-round",
+            _ => "source-round",
+        });
         self.expect_jobs(op, jobs);
     }
 

@@ -17,18 +17,18 @@ use crate::entry::Target;
 pub(crate) const MONITOR: Target = Target::new("monitor", monitor, || {
     let deep = format!("{{\"return\":{}", "[".repeat(3000));
     seeds_of(&[
-        "{\"return\": {}}\n",
-        "{\"event\": \"STOP\", \"timestamp\": {}}\n{\"return\": [{\"drv\": \"file\", \"file\": \"/x\", \"cache\": {\"direct\": true}}]}\n",
+        "{\"return\": {}, \"id\": \"1\"}\n",
+        "{\"event\": \"STOP\", \"timestamp\": {}}\n{\"return\": [{\"drv\": \"file\", \"file\": \"/x\", \"cache\": {\"direct\": true}}], \"id\": \"1\"}\n",
         "{\"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}}\n",
         "{\"return\": null}\n{\"return\": 1e999}\n",
         "{\"return\": 1, \"return\": 2}\n",
-        "{\"return\": [{\"node-name\": \"n\", \"drv\": \"nvme\"}]}",
+        "{\"return\": [{\"node-name\": \"n\", \"drv\": \"nvme\"}], \"id\": \"1\"}",
         "\n\n\n",
         "{}\n{}\n",
         &deep,
     ])
 })
-.words(|| words_of(&["return", "error", "event", "desc", "cache", "direct", "drv", "file", "node-name", "true", "null"]));
+.words(|| words_of(&["return", "error", "event", "id", "1", "desc", "cache", "direct", "drv", "file", "node-name", "true", "null"]));
 
 /// Texts of `/proc`, cgroups and the note of where guest RAM is.
 pub(crate) const PROC: Target = Target::new("proc", proc, || {

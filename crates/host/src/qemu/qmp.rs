@@ -1,4 +1,8 @@
 //! QEMU's monitor protocol over its UNIX socket, with a deadline on every answer.
+//!
+//! Every command has an `id` of its own, and only the answer with that `id` counts. QEMU answers whoever is connected
+//! when a command is done: a client that connects after another one was killed, or gave up, may be told what became of
+//! a command that it never gave.
 
 use std::io::{self, BufRead, BufReader, IoSlice, Write};
 use std::mem::MaybeUninit;
@@ -15,6 +19,7 @@ use rustix::net::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use uuid::Uuid;
 
 use crate::Error;
 
@@ -33,6 +38,20 @@ pub(crate) struct Monitor {
 struct Execute<'a, C> {
     execute: &'static str,
     arguments: &'a C,
+    id: &'a str,
+}
+
+impl<'a, C: Command> Execute<'a, C> {
+    fn line(arguments: &'a C, id: &'a str) -> io::Result<Vec<u8>> {
+        let execute = C::NAME;
+        let mut line = serde_json::to_vec(&Self {
+            execute,
+            arguments,
+            id,
+        })?;
+        line.push(b'\n');
+        Ok(line)
+    }
 }
 
 #[derive(Deserialize)]
@@ -41,6 +60,7 @@ struct Reply {
     value: Option<Value>,
     error: Option<ReplyError>,
     event: Option<String>,
+    id: Option<Value>,
 }
 
 #[derive(Deserialize)]
@@ -110,16 +130,12 @@ impl Monitor {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let deadline = Instant::now() + patience;
-        let mut request = serde_json::to_vec(&Execute {
-            execute: C::NAME,
-            arguments: command,
-        })
-        .map_err(|error| self.failed(error.into()))?;
-        request.push(b'\n');
+        let id = Uuid::new_v4().to_string();
+        let request = Execute::line(command, &id).map_err(|error| self.failed(error))?;
         // One that broke since it was last used is made anew. Should QEMU have taken the command after all: every command
         // that this crate uses may be repeated, or is refused the second time.
         let used = slot.take().map(|mut connection| {
-            let reply = connection.exchange(&request, fd, deadline)?;
+            let reply = connection.exchange(&request, &id, fd, deadline)?;
             Ok::<_, io::Error>((connection, reply))
         });
         let is_broken = |error: &io::Error| {
@@ -130,7 +146,7 @@ impl Monitor {
             Some(Err(error)) if !is_broken(&error) => Err(error),
             Some(Ok(done)) => Ok(done),
             _ => Connection::open(&self.path, deadline).and_then(|mut connection| {
-                let reply = connection.exchange(&request, fd, deadline)?;
+                let reply = connection.exchange(&request, &id, fd, deadline)?;
                 Ok((connection, reply))
             }),
         };
@@ -173,19 +189,18 @@ impl Connection {
             }
         })?;
         let capabilities = qapi::qmp::qmp_capabilities { enable: None };
-        let mut request = serde_json::to_vec(&Execute {
-            execute: <qapi::qmp::qmp_capabilities as Command>::NAME,
-            arguments: &capabilities,
-        })?;
-        request.push(b'\n');
-        connection.exchange(&request, None, deadline)?;
+        let id = Uuid::new_v4().to_string();
+        let request = Execute::line(&capabilities, &id)?;
+        connection.exchange(&request, &id, None, deadline)?;
         Ok(connection)
     }
 
-    /// Sends a command, with a descriptor if there is one, and gives its answer; events before it are passed over.
+    /// Sends a command, with a descriptor if there is one, and gives its answer; events before it are passed over, and
+    /// answers to others.
     fn exchange(
         &mut self,
         request: &[u8],
+        id: &str,
         fd: Option<BorrowedFd<'_>>,
         deadline: Instant,
     ) -> io::Result<Reply> {
@@ -199,7 +214,11 @@ impl Connection {
         loop {
             let reply: Reply = serde_json::from_slice(&self.line(deadline)?)?;
             if reply.value.is_some() || reply.error.is_some() {
-                return Ok(reply);
+                if reply.id.as_ref().and_then(Value::as_str) == Some(id) {
+                    return Ok(reply);
+                }
+                tracing::debug!(id = ?reply.id, "QEMU answers a command that is not ours");
+                continue;
             }
             if let Some(event) = reply.event {
                 tracing::debug!(event, "QEMU reports");
@@ -269,35 +288,36 @@ fn left(deadline: Instant) -> io::Result<Duration> {
 pub(super) fn answer(said: UnixStream, deadline: Instant) -> io::Result<Option<Value>> {
     let mut connection = Connection(BufReader::new(said));
     connection
-        .exchange(b"", None, deadline)
+        .exchange(b"", "1", None, deadline)
         .map(|reply| reply.value)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
     use std::os::unix::net::UnixListener;
 
     use super::*;
 
-    const GREETING: &[u8] = b"{\"QMP\":{}}\n{\"return\":{}}\n";
+    const GREETING: &[&str] = &["{\"QMP\":{}}\n", "{\"return\":{},\"id\":ID}\n"];
 
-    fn serve(answers: Vec<&'static [u8]>) -> (tempfile::TempDir, Monitor) {
+    /// A monitor that serves one client after the other: what it says first, then what it says to each line. `ID` in it
+    /// stands for the `id` of that line.
+    fn serve(clients: Vec<Vec<&'static str>>) -> (tempfile::TempDir, Monitor) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("qmp");
         let listener = UnixListener::bind(&path).unwrap();
         std::thread::spawn(move || {
-            for answer in answers {
-                let (mut stream, _) = listener.accept().unwrap();
-                stream.write_all(answer).unwrap();
-                // Until the request has come, so that none is lost in the closing socket.
-                let mut seen = Vec::new();
-                let mut buffer = [0; 4096];
-                while seen.iter().filter(|&&byte| byte == b'\n').count() < 2 {
-                    match stream.read(&mut buffer) {
-                        Ok(count @ 1..) => seen.extend_from_slice(&buffer[..count]),
-                        _ => break,
+            for says in clients {
+                let (stream, _) = listener.accept().unwrap();
+                let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+                let mut id = Value::Null;
+                for (nth, what) in says.iter().enumerate() {
+                    if nth > 0 {
+                        let Some(Ok(line)) = lines.next() else { break };
+                        id = serde_json::from_str::<Value>(&line).unwrap()["id"].clone();
                     }
+                    let what = what.replace("ID", &id.to_string());
+                    (&stream).write_all(what.as_bytes()).unwrap();
                 }
             }
         });
@@ -306,13 +326,27 @@ mod tests {
 
     #[test]
     fn events_are_passed_over_and_a_broken_connection_is_made_anew() {
-        let answer = [GREETING, b"{\"event\":\"STOP\"}\n{\"return\":{\"a\":1}}\n"]
-            .concat()
-            .leak();
-        let (_dir, monitor) = serve(vec![answer, answer]);
+        let answer = "{\"event\":\"STOP\"}\n{\"return\":{\"a\":1},\"id\":ID}\n";
+        let client = [GREETING, &[answer]].concat();
+        let (_dir, monitor) = serve(vec![client.clone(), client]);
         for _ in 0..2 {
             let value = monitor.execute_value(&qapi::qmp::query_status {}).unwrap();
             assert_eq!(value["a"], 1);
+        }
+    }
+
+    #[test]
+    fn an_answer_to_a_command_of_another_client_is_not_taken_for_ours() {
+        let late = "{\"return\":{\"a\":1},\"id\":\"another\"}\n{\"return\":{},\"id\":ID}\n";
+        let refused = "{\"error\":{\"desc\":\"no\"},\"id\":7}\n{\"return\":{\"a\":3},\"id\":ID}\n";
+        for client in [
+            ["{\"QMP\":{}}\n", late, refused],
+            [GREETING[0], GREETING[1], refused],
+        ] {
+            let client = client.to_vec();
+            let (_dir, monitor) = serve(vec![client]);
+            let value = monitor.execute_value(&qapi::qmp::query_status {}).unwrap();
+            assert_eq!(value["a"], 3);
         }
     }
 
@@ -332,8 +366,8 @@ mod tests {
 
     #[test]
     fn what_is_no_answer_is_an_error() {
-        for odd in [&b"nonsense\n"[..], b"", b"{\"QMP\":{}}\nnull\n"] {
-            let (_dir, monitor) = serve(vec![odd]);
+        for odd in ["nonsense\n", "", "{\"QMP\":{}}\nnull\n"] {
+            let (_dir, monitor) = serve(vec![vec![odd]]);
             assert!(
                 monitor
                     .execute_within(&qapi::qmp::quit {}, Duration::from_millis(300))

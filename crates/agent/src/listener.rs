@@ -273,7 +273,8 @@ fn converse(
 fn out_of_turn(channel: &Channel, what: &str) -> Result<(), ChannelError> {
     warn!(peer = %channel.peer, what, "the peer broke the protocol");
     let reason = Reason::new("peer-misbehaved", what);
-    channel.send(&Message::Discarded(reason))?;
+    // Nothing was recorded: a source in doubt may conclude nothing from it, as it would from a discard.
+    channel.send(&Message::Abort(reason))?;
     channel.close();
     Ok(())
 }
@@ -500,6 +501,13 @@ fn channel_of<T>() -> (Sender<T>, std::sync::mpsc::Receiver<T>) {
 mod tests {
     use super::*;
     use crate::channel::tests::pair;
+
+    #[test]
+    fn who_breaks_the_protocol_is_not_told_that_anything_was_discarded() {
+        let (client, server) = pair();
+        out_of_turn(&server, "another message was expected").unwrap();
+        assert!(matches!(client.receive(), Ok(Message::Abort(_))));
+    }
 
     #[test]
     fn whoever_sends_faster_than_the_session_works_waits() {

@@ -714,7 +714,8 @@ fn check_request(request: &StartMigration) -> Answer<()> {
     Ok(())
 }
 
-fn default_streams() -> u16 {
+/// How many data streams a migration has if nobody says.
+pub fn default_streams() -> u16 {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let streams = cpus.clamp(*STREAMS_DEFAULT.start(), *STREAMS_DEFAULT.end());
     u16::try_from(streams).unwrap_or(2)

@@ -21,6 +21,7 @@ use tracing::{error, info, warn};
 use crate::agent::{Agent, Entry};
 use crate::destination_session::DestinationSession;
 use crate::listener::destination_config;
+use crate::operations::default_streams;
 use crate::source_session::{SourceParams, chain};
 use crate::store::{StoreError, Unfinished};
 use crate::tracked::{Session, Tracked, info_of};
@@ -220,7 +221,9 @@ fn recovered_session(
     layout: &RamLayout,
 ) -> Result<(), Reason> {
     let internal = |what: &str| Reason::new("internal", what);
-    let config = destination_config(agent, StreamSecret([0; 32]));
+    let mut config = destination_config(agent, StreamSecret([0; 32]));
+    // How many there were is not recorded, and more threads than processors only hold each other up.
+    config.streams_max = default_streams();
     let engine = Destination::recover(agent.now(), config, order.clone(), layout.clone());
     let info = info_of(order, Side::Destination, layout.total_bytes());
     let (sender, events) = channel();

@@ -297,6 +297,7 @@ impl DestinationSession {
                 self.round_end(now, round, last);
             }
             DestinationEvent::Data(_, Report::Pushed) => {
+                debug!("a stream has delivered all");
                 self.pushed += 1;
                 // With the one for pages that the VM waits for.
                 if self.pushed == self.streams + 1 {
@@ -325,7 +326,14 @@ impl DestinationSession {
                 let done = DestinationDone::Reserved { post_copy };
                 self.engine.handle_done(now, op, Ok(done));
             }
-            DestinationEvent::Container(op, result) => self.engine.handle_done(now, op, result),
+            DestinationEvent::Container(op, result) => {
+                if let Err(Failure { reason, .. }) = &result {
+                    // What comes of it is the engine's; that it happened may matter more when it is tried again.
+                    warn!(%reason, "a step with the container failed");
+                }
+                debug!(?op, ok = result.is_ok(), "a step with the container ended");
+                self.engine.handle_done(now, op, result);
+            }
             DestinationEvent::ContainerGone => self.engine.handle_container_gone(now),
             DestinationEvent::Query(channel, reply) => {
                 let generation = self.queried(now, channel);

@@ -44,7 +44,9 @@ fn run(strategy: &'static str, steps: &'static [Step]) -> Result<()> {
     let mut chain: Option<Chain> = None;
     let (mut done, mut failed) = (0, Vec::new());
     for (number, step, fault) in cells(steps) {
-        if !selection.has(number, step.is_chosen(fault)) || !step.point.contains(&only) {
+        if !selection.has(number, step.is_chosen(fault))
+            || !format!("{} x {}", step.point, fault.name()).contains(&only)
+        {
             continue;
         }
         let cell = format!(

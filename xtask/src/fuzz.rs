@@ -7,6 +7,8 @@ use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -84,25 +86,38 @@ pub(crate) fn fuzz(wish: &Wish) -> Result<()> {
         return adopt(&seeds);
     }
     compare(&seeds)?;
-    let mut failed = Vec::new();
     println!(
         "{:16} {:>12} {:>6} {:>8} {:>8}",
         "target", "executions", "edges", "features", "inputs"
     );
-    for target in targets {
-        match run(&program, target, wish) {
-            Ok(line) => println!("{line}"),
-            Err(error) => {
-                println!("{target:16} FAILED\n{error:#}");
-                failed.push(target);
+    let (waiting, failed) = (Mutex::new(targets.into_iter()), Mutex::new(Vec::new()));
+    // A target has one thread, so each processor takes the next that waits.
+    let processor = || {
+        while let Some(target) = held(&waiting).next() {
+            match run(&program, target, wish) {
+                Ok(line) => println!("{line}"),
+                Err(error) => {
+                    println!("{target:16} FAILED\n{error:#}");
+                    held(&failed).push(target);
+                }
             }
         }
-    }
+    };
+    thread::scope(|scope| {
+        for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(processor);
+        }
+    });
+    let failed = held(&failed);
     if failed.is_empty() {
         Ok(())
     } else {
         bail!("broken promises: {}", failed.join(", "))
     }
+}
+
+fn held<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn work_dir() -> PathBuf {

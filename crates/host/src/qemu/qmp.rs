@@ -109,6 +109,14 @@ impl Monitor {
         patience: Duration,
     ) -> Result<Value, Error> {
         self.execute_with(command, None, patience)
+            .map(|(value, _)| value)
+    }
+
+    /// Executes a command; tells whether the last that QEMU has reported until it was done is this event. If not it may
+    /// have happened all the same.
+    pub(crate) fn execute_for<C: Command>(&self, command: &C, event: &str) -> Result<bool, Error> {
+        let (_, last) = self.execute_with(command, None, TIMEOUT)?;
+        Ok(last.as_deref() == Some(event))
     }
 
     /// Gives QEMU a copy of a descriptor, to be used as `fd:NAME`. One of that name which it has already is closed.
@@ -124,7 +132,7 @@ impl Monitor {
         command: &C,
         fd: Option<BorrowedFd<'_>>,
         patience: Duration,
-    ) -> Result<Value, Error> {
+    ) -> Result<(Value, Option<String>), Error> {
         let mut slot = self
             .connection
             .lock()
@@ -154,7 +162,7 @@ impl Monitor {
         // Only a connection on which nothing is outstanding is used again.
         *slot = Some(connection);
         match (reply.value, reply.error) {
-            (Some(value), _) => Ok(value),
+            (Some(value), _) => Ok((value, reply.event)),
             (None, Some(error)) => Err(Error::Refused {
                 command: C::NAME,
                 description: error.desc,
@@ -195,8 +203,8 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Sends a command, with a descriptor if there is one, and gives its answer; events before it are passed over, and
-    /// answers to others.
+    /// Sends a command, with a descriptor if there is one, and gives its answer with the last event before it. Answers
+    /// to others are passed over.
     fn exchange(
         &mut self,
         request: &[u8],
@@ -211,10 +219,12 @@ impl Connection {
             None => 0,
         };
         stream.write_all(&request[sent..])?;
+        let mut last_event = None;
         loop {
-            let reply: Reply = serde_json::from_slice(&self.line(deadline)?)?;
+            let mut reply: Reply = serde_json::from_slice(&self.line(deadline)?)?;
             if reply.value.is_some() || reply.error.is_some() {
                 if reply.id.as_ref().and_then(Value::as_str) == Some(id) {
+                    reply.event = last_event;
                     return Ok(reply);
                 }
                 tracing::debug!(id = ?reply.id, "QEMU answers a command that is not ours");
@@ -222,6 +232,7 @@ impl Connection {
             }
             if let Some(event) = reply.event {
                 tracing::debug!(event, "QEMU reports");
+                last_event = Some(event);
             }
         }
     }
@@ -348,6 +359,15 @@ mod tests {
             let value = monitor.execute_value(&qapi::qmp::query_status {}).unwrap();
             assert_eq!(value["a"], 3);
         }
+    }
+
+    #[test]
+    fn the_last_event_before_an_answer_is_told_and_none_that_came_earlier() {
+        let paused = "{\"event\":\"RESUME\"}\n{\"event\":\"STOP\"}\n{\"return\":{},\"id\":ID}\n";
+        let again = "{\"return\":{},\"id\":ID}\n{\"event\":\"STOP\"}\n";
+        let (_dir, monitor) = serve(vec![[GREETING, &[paused, again]].concat()]);
+        assert!(monitor.execute_for(&qapi::qmp::stop {}, "STOP").unwrap());
+        assert!(!monitor.execute_for(&qapi::qmp::stop {}, "STOP").unwrap());
     }
 
     #[test]

@@ -430,8 +430,12 @@ impl Vm for QemuVm {
     }
 
     fn pause(&self) -> Result<(), Error> {
-        self.run(&qmp::stop {})?;
-        // A guest that sleeps is not stopped by it, and would go on when it is woken.
+        let stopped = self.or_gone(self.monitor.execute_for(&qmp::stop {}, "STOP"))?;
+        if stopped {
+            // Asking would make the pause longer.
+            return Ok(());
+        }
+        // It was paused before. Or it sleeps: then it was not stopped, and would go on when it is woken.
         match self.status()?.as_str() {
             status @ ("running" | "suspended" | "inmigrate") => Err(Error::Answer {
                 command: "stop",
@@ -444,7 +448,13 @@ impl Vm for QemuVm {
     fn resume(&self) -> Result<(), Error> {
         let deadline = Instant::now() + FINALIZE_TIMEOUT;
         // Right after its state was saved, or saving was cancelled, QEMU still finishes its migration.
-        while let Err(error) = self.run(&qmp::cont {}) {
+        loop {
+            let error = match self.or_gone(self.monitor.execute_for(&qmp::cont {}, "RESUME")) {
+                // Asking would make the pause longer.
+                Ok(true) => return Ok(()),
+                Ok(false) => break,
+                Err(error) => error,
+            };
             let busy = matches!(error, Error::Refused { .. }) && self.is_finishing()?;
             if !busy || Instant::now() >= deadline {
                 return Err(error);
@@ -455,6 +465,7 @@ impl Vm for QemuVm {
                 });
             }
         }
+        // It ran before, or this was only noted for later.
         match self.run_state()? {
             RunState::Running => Ok(()),
             state => Err(Error::Answer {

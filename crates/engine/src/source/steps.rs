@@ -228,9 +228,10 @@ impl Source {
             post_copy,
             pages: DrainingPages::Collecting { op, pending },
         });
+        // Saving first: it is done elsewhere, and what it writes meanwhile is looked for when it has ended.
+        self.actions.push_back(SourceAction::SaveDeviceState(save));
         self.actions
             .push_back(SourceAction::Collect { op, first: false });
-        self.actions.push_back(SourceAction::SaveDeviceState(save));
     }
 
     /// Something that is done while the VM is paused is done.

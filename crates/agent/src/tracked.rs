@@ -28,6 +28,9 @@ pub struct Tracked {
     session: Mutex<Option<Session>>,
 }
 
+/// Shortest time after which a watcher is told something new, other than the end.
+const NEWS_INTERVAL: Duration = Duration::from_millis(50);
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -57,8 +60,10 @@ impl Tracked {
         self.changed.notify_all();
     }
 
-    /// Waits until it has changed since that revision, or is done, or the time is up.
+    /// Waits until it has changed since that revision, or is done, or the time is up. Tells changes no more often than
+    /// people can read them: during a switchover there is one each millisecond, and the processors are needed otherwise.
     pub fn wait_change(&self, after: u64, timeout: Duration) -> MigrationInfo {
+        self.wait(NEWS_INTERVAL.min(timeout), |info| info.phase == Phase::Done);
         self.wait(timeout, |info| {
             info.revision > after || info.phase == Phase::Done
         })

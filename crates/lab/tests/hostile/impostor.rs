@@ -208,7 +208,7 @@ fn another_host_of_the_authority_can_take_no_part_in_a_running_migration() -> Re
     ] {
         let answer = c.tell(&message)?;
         let refused =
-            matches!(&answer, Some(Message::Discarded(reason)) if reason.code == "peer-misbehaved");
+            matches!(&answer, Some(Message::Abort(reason)) if reason.code == "peer-misbehaved");
         ensure!(refused, "{}: {answer:?}", message.name());
     }
     log_has(destination, &["host/c", "the peer broke the protocol"])?;

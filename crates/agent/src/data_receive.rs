@@ -13,6 +13,7 @@ use rustls::Connection;
 
 use crate::device_state::{DeviceState, DeviceStateError};
 use crate::digest::Digests;
+use crate::received::Received;
 use crate::reduction::decode::{DecodeError, Decoder, Target};
 use crate::tls::Authenticated;
 use crate::waiting::{AsWaiting, Waiting};
@@ -44,6 +45,13 @@ pub enum ReceiveError {
     /// The device state breaks a rule.
     #[error(transparent)]
     DeviceState(#[from] DeviceStateError),
+}
+
+impl ReceiveError {
+    /// Whether the path is to blame and not whoever sent: the connection may be made again.
+    pub fn is_broken_link(&self) -> bool {
+        matches!(self, Self::Io(_) | Self::Tls(_))
+    }
 }
 
 /// An authenticated stream of bytes.
@@ -138,6 +146,8 @@ pub struct Shared {
     pub layout: RamLayout,
     /// Digests of what arrived.
     pub digests: Digests,
+    /// What arrived since the last whole round, until the pause.
+    pub received: Received,
     /// The device state.
     pub device_state: DeviceState,
     /// Guest page bytes that arrived.
@@ -324,6 +334,9 @@ impl Stream<'_> {
             references: shared.references.load(Ordering::Relaxed),
         };
         let bytes = self.decoder.apply(frame, &self.buffer[..len], &target)?;
+        if let Some(block) = frame.pages() {
+            shared.received.mark(block);
+        }
         shared.guest_bytes.fetch_add(bytes, Ordering::Relaxed);
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use palanquin_api::control::Compress;
@@ -168,6 +168,7 @@ pub struct Senders {
     /// For pages that the VM waits for.
     urgent: Option<Sender<(Op, Job)>>,
     sockets: Vec<TcpStream>,
+    threads: Vec<JoinHandle<()>>,
     shared: Arc<Shared>,
 }
 
@@ -191,6 +192,7 @@ impl Senders {
             jobs: Vec::new(),
             urgent: None,
             sockets: Vec::new(),
+            threads: Vec::new(),
             shared: Arc::clone(shared),
         };
         let count = connections.len() - usize::from(urgent && !connections.is_empty());
@@ -230,9 +232,10 @@ impl Senders {
                 follows: is_urgent || !shared.references.load(Ordering::Relaxed),
             };
             let report = report.clone();
-            thread::Builder::new()
+            let thread = thread::Builder::new()
                 .name(format!("send-{index}"))
                 .spawn(move || stream.run(&jobs, &report))?;
+            senders.threads.push(thread);
         }
         Ok(senders)
     }
@@ -264,6 +267,19 @@ impl Senders {
             let _ = sender.send((op, job));
             1
         })
+    }
+
+    /// Ends the streams at once, and waits until none of them reads memory or notes digests any more: at most a block
+    /// each. Not while the device state is given to them.
+    pub fn end(mut self) {
+        self.cancel();
+        let threads = std::mem::take(&mut self.threads);
+        // They end when nobody has work for them.
+        drop(self);
+        for thread in threads {
+            // One that panicked notes nothing any more either.
+            let _ = thread.join();
+        }
     }
 
     /// Ends the streams at once.

@@ -8,7 +8,7 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use palanquin_api::control::{Outcome, Phase};
@@ -31,6 +31,7 @@ use crate::data_receive::{Inbound, Report, Shared, receive};
 use crate::device_state::DeviceState;
 use crate::digest::Digests;
 use crate::fail_point::{fail_point, fail_point_at, fail_point_record};
+use crate::received::Received;
 use crate::source_session::chain;
 use crate::stream_proof::{Opening, exporter_context};
 use crate::tls::Authenticated;
@@ -108,6 +109,7 @@ pub struct DestinationSession {
     ram: Option<Arc<dyn GuestRam>>,
     shared: Option<Arc<Shared>>,
     sockets: Vec<TcpStream>,
+    receivers: Vec<JoinHandle<()>>,
     streams: usize,
     /// Whether the container was told to load.
     loading: bool,
@@ -154,6 +156,7 @@ impl DestinationSession {
             ram: None,
             shared: None,
             sockets: Vec::new(),
+            receivers: Vec::new(),
             streams: 0,
             loading: false,
             drained: Vec::new(),
@@ -184,6 +187,7 @@ impl DestinationSession {
         let shared = Arc::new(Shared {
             ram: Arc::clone(&ram),
             digests: Digests::new(layout, 0),
+            received: Received::new(layout),
             layout: layout.clone(),
             device_state: DeviceState::new(agent.config.limits.device_state.bytes()),
             guest_bytes: Default::default(),
@@ -213,6 +217,7 @@ impl DestinationSession {
             ram: Some(ram),
             shared: Some(shared),
             sockets: Vec::new(),
+            receivers: Vec::new(),
             streams: 0,
             loading: false,
             drained: Vec::new(),
@@ -310,6 +315,8 @@ impl DestinationSession {
                     // The VM runs on what it has; the source dials again.
                     warn!(%reason, "a data stream broke");
                     self.engine.handle_connection_lost(now, reason);
+                } else if error.is_broken_link() && self.engine.may_discard() {
+                    self.engine.handle_connection_lost(now, reason);
                 } else {
                     self.engine.handle_abort(now, reason);
                 }
@@ -393,6 +400,11 @@ impl DestinationSession {
                     layout,
                 });
             }
+            DestinationAction::TellReceived => {
+                if let (Some(shared), Some(channel)) = (&self.shared, self.channel()) {
+                    tell(&channel, &shared.layout, &shared.received.pages());
+                }
+            }
             DestinationAction::TellPresent => {
                 if let Err(error) = self.tell_present() {
                     let now = self.agent.now();
@@ -410,8 +422,14 @@ impl DestinationSession {
                 None => self.report(op, Err(missing("streams"))),
             },
             DestinationAction::Disconnect => {
+                if let Some(reason) = self.engine.reason() {
+                    warn!(%reason, "the connection is lost; waiting for the source");
+                }
                 self.close_channel();
                 self.close_streams();
+                if self.engine.is_waiting_for_source() {
+                    self.next_generation();
+                }
             }
             DestinationAction::LoadDeviceState { op, post_copy } => match &self.shared {
                 Some(shared) => {
@@ -498,8 +516,16 @@ impl DestinationSession {
         self.close_streams();
         self.close_channel();
         *self.slot() = Some(channel);
-        self.generation += 1;
+        self.next_generation();
         Some(self.generation)
+    }
+
+    /// What the connection and the streams of before still tell does not count, nor what they said of a round that is
+    /// not whole.
+    fn next_generation(&mut self) {
+        self.generation += 1;
+        self.delivered = 0;
+        self.drained.clear();
     }
 
     /// Tells which pages are here, and asks again for those that the VM waits for.
@@ -519,23 +545,8 @@ impl DestinationSession {
             // Also what arrived and was given back by the guest since: it must not come again.
             waiting.add_arrived(&mut pages);
         }
-        let step = PRESENT_MAX as u64 * 8;
-        for region in 0..layout.regions() {
-            for first_page in (0..layout.pages(region)).step_by(PRESENT_MAX * 8) {
-                let is_last =
-                    region + 1 == layout.regions() && first_page + step >= layout.pages(region);
-                let present = Present {
-                    region: u16::try_from(region).unwrap_or(u16::MAX),
-                    first_page,
-                    bits: pages.bits(region, first_page, PRESENT_MAX),
-                    last: is_last,
-                };
-                if let Err(error) = channel.send(&Message::Present(present)) {
-                    debug!(%error, "send failed");
-                    channel.close();
-                    return Ok(());
-                }
-            }
+        if !tell(&channel, layout, &pages) {
+            return Ok(());
         }
         if let Some(waiting) = shared.waiting.get() {
             for (region, page) in waiting.wanted() {
@@ -610,6 +621,7 @@ impl DestinationSession {
             Arc::new(Shared {
                 ram,
                 digests: Digests::new(&layout, self.digest_seed),
+                received: Received::new(&layout),
                 layout,
                 device_state: DeviceState::new(self.agent.config.limits.device_state.bytes()),
                 guest_bytes: Default::default(),
@@ -634,7 +646,7 @@ impl DestinationSession {
                 thread::Builder::new()
                     .name(format!("receive-{index}"))
                     .spawn(work)
-                    .map(drop)
+                    .map(|thread| self.receivers.push(thread))
             }) {
                 let reason = Reason::new("internal", format!("no thread for a stream: {error}"));
                 return Some((
@@ -673,6 +685,10 @@ impl DestinationSession {
         if self.delivered == self.streams {
             self.delivered = 0;
             self.round = round;
+            if let Some(shared) = &self.shared {
+                // The source sends nothing of the next before it knows.
+                shared.received.forget();
+            }
             fail_point(if last {
                 "destination-last-round"
             } else {
@@ -688,6 +704,14 @@ impl DestinationSession {
             let _ = socket.shutdown(Shutdown::Both);
         }
         self.expected = None;
+        let receivers = std::mem::take(&mut self.receivers);
+        if self.engine.is_waiting_for_source() {
+            // What they wrote late would lie over what the next ones bring. They wait for nothing but their sockets.
+            for thread in receivers {
+                // One that panicked writes nothing any more either.
+                let _ = thread.join();
+            }
+        }
     }
 
     fn publish(&self) {
@@ -750,6 +774,29 @@ impl DestinationSession {
             _ => self.agent.keep_info(&self.tracked.info()),
         }
     }
+}
+
+/// Tells the source of pages that are here; false if the channel broke.
+fn tell(channel: &Channel, layout: &RamLayout, pages: &PageSet) -> bool {
+    let step = PRESENT_MAX as u64 * 8;
+    for region in 0..layout.regions() {
+        for first_page in (0..layout.pages(region)).step_by(PRESENT_MAX * 8) {
+            let is_last =
+                region + 1 == layout.regions() && first_page + step >= layout.pages(region);
+            let present = Present {
+                region: u16::try_from(region).unwrap_or(u16::MAX),
+                first_page,
+                bits: pages.bits(region, first_page, PRESENT_MAX),
+                last: is_last,
+            };
+            if let Err(error) = channel.send(&Message::Present(present)) {
+                debug!(%error, "send failed");
+                channel.close();
+                return false;
+            }
+        }
+    }
+    true
 }
 
 fn missing(what: &str) -> Failure {

@@ -309,7 +309,8 @@ fn check(agent: &Agent, offer: &Offer, peer: &str) -> Vec<WireBlocker> {
 /// What a source that asks gets.
 enum Answer {
     Verdict(Verdict),
-    /// The VM runs here and needs pages: the connection is the migration's, of this generation.
+    /// Pages are still arriving, or the VM runs here and needs some: the connection is the migration's, of this
+    /// generation.
     Rejoined(Sender<DestinationEvent>, u32),
 }
 
@@ -482,10 +483,7 @@ fn forward(channel: &Channel, events: &Sender<DestinationEvent>, generation: u32
 pub fn destination_config(agent: &Agent, stream_secret: StreamSecret) -> DestinationConfig {
     let limits = &agent.config.limits;
     DestinationConfig {
-        timing: Timing {
-            silence: limits.peer_silence.get(),
-            ..Timing::default()
-        },
+        timing: agent.timing(),
         software: crate::SOFTWARE.to_owned(),
         stream_secret,
         streams_max: STREAMS_MAX,

@@ -85,8 +85,17 @@ fn new_uuid() -> Answer<Uuid> {
 impl Agent {
     /// Deadlines of the engines under this configuration.
     pub fn timing(&self) -> Timing {
+        let silence = self.config.limits.peer_silence.get();
+        let redial = self.config.limits.redial.get();
         Timing {
-            silence: self.config.limits.peer_silence.get(),
+            silence,
+            redial,
+            // Either side may take so long to notice.
+            rejoin: if redial.is_zero() {
+                redial
+            } else {
+                redial + 2 * silence
+            },
             ..Timing::default()
         }
     }

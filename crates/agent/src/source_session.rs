@@ -27,6 +27,7 @@ use crate::agent::Agent;
 use crate::channel::{BACKLOG_MAX, Channel, ChannelError};
 use crate::data_send::{Job, Pulled, SendError, Senders, Shared};
 use crate::digest::Digests;
+use crate::farewell;
 use crate::fail_point::{fail_point, fail_point_at, fail_point_record};
 use crate::stream_proof::{Opening, exporter_context};
 use crate::tls::{Authenticated, TlsError, is_refusal};
@@ -101,6 +102,7 @@ pub struct SourceSession {
     /// The operation of saving the device state, whose pieces the first stream reports.
     saving: Option<Op>,
     phase: SourcePhase,
+    redialling: bool,
 }
 
 impl SourceSession {
@@ -154,6 +156,7 @@ impl SourceSession {
             throttle: None,
             recovered,
             saving: None,
+            redialling: false,
         })
     }
 
@@ -617,11 +620,16 @@ impl SourceSession {
                 }
             }
             Err(SendError::Cancelled) => {}
+            Err(SendError::Io(error)) => {
+                self.jobs.remove(&op);
+                let what = SendError::Io(error).to_string();
+                let reason = Reason::new("connection-lost", what);
+                self.engine.handle_stream_lost(now, reason);
+            }
             Err(error) => {
                 self.jobs.remove(&op);
-                let reason = Reason::new("connection-lost", error.to_string());
                 let failure = Failure {
-                    reason,
+                    reason: Reason::new("memory", chain(&error)),
                     vm_gone: false,
                 };
                 self.engine.handle_done(now, op, Err(failure));
@@ -631,7 +639,12 @@ impl SourceSession {
 
     fn close_streams(&mut self) {
         if let Some(senders) = self.senders.take() {
-            senders.cancel();
+            if self.engine.is_redialling() {
+                // What they noted late would be taken for what the next ones have sent.
+                senders.end();
+            } else {
+                senders.cancel();
+            }
         }
         self.jobs.clear();
     }
@@ -657,6 +670,16 @@ impl SourceSession {
         if phase != self.phase {
             info!(?phase, rounds = self.engine.progress().rounds, "phase");
             self.phase = phase;
+        }
+        let redialling = self.engine.is_redialling();
+        if redialling != self.redialling {
+            self.redialling = redialling;
+            if let Some(reason) = self.engine.reason().filter(|_| redialling) {
+                warn!(%reason, "the connection is lost; dialling again");
+            } else if phase == SourcePhase::PreCopy {
+                let times = self.engine.progress().rejoined;
+                info!(times, "connected again; going on with what has not arrived");
+            }
         }
         let now = self.agent.now();
         let (engine, ram_bytes) = (&self.engine, self.params.layout.as_ref());
@@ -742,6 +765,9 @@ impl SourceSession {
             _ => warn!(reason = %reason.as_ref().map_or("", |r| &r.message), ?outcome, "ended"),
         }
         self.agent.source_ended(self.engine.order(), ending);
+        if self.engine.is_untold() {
+            farewell::begin(&self.agent, self.engine.order(), reason.clone());
+        }
         self.tracked.forget_session();
         self.tracked.update(|info| {
             info.phase = Phase::Done;

@@ -285,6 +285,13 @@ impl AgentConfig {
             format!("{silence} is out of bounds"),
             "1s to 5min",
         );
+        let redial = limits.redial;
+        rules.check(
+            redial.as_millis() <= 3_600_000,
+            "limits.redial",
+            format!("{redial} is out of bounds"),
+            "at most 1h; 0s: never",
+        );
         for (key, size, min, max, hint) in [
             (
                 "limits.device-state",
@@ -370,6 +377,9 @@ pub struct Limits {
     pub device_state: ByteSize,
     /// Silence of a peer after which the connection counts as lost. 1 s to 5 min, default 10 s.
     pub peer_silence: HumanDuration,
+    /// How long a migration whose connection broke before its VM was paused is kept for the connection to be made again,
+    /// at the source; at the destination longer by twice `peer-silence`. At most 1 h, 0 for not at all, default 30 s.
+    pub redial: HumanDuration,
     /// Connections whose other end has not authenticated itself, and, apart from those, connections of hosts that belong
     /// to no migration. Where one more comes, the oldest of whoever has most is closed. 16 to 4096, default 256.
     pub max_pending: u32,
@@ -389,6 +399,7 @@ impl Default for Limits {
             memory_reserve: ByteSize::mib(256),
             device_state: ByteSize::mib(256),
             peer_silence: HumanDuration::from_secs(10),
+            redial: HumanDuration::from_secs(30),
             max_pending: 256,
             max_pending_per_address: 64,
             max_pending_per_host: 64,
@@ -452,6 +463,7 @@ mod tests {
         assert_eq!(config.listen.migration.to_string(), "[::]:7810");
         assert_eq!(config.limits, Limits::default());
         assert_eq!(config.limits.peer_silence.as_millis(), 10_000);
+        assert_eq!(config.limits.redial.as_millis(), 30_000);
         assert!(config.hosts.is_empty() && config.qemu.allowed_paths.is_empty());
     }
 
@@ -544,7 +556,7 @@ mod tests {
             name in "[a-z][a-z0-9]{0,20}",
             peers in prop::collection::btree_map("[a-z][a-z0-9]{0,8}", 1_u16.., 0..4),
             (max_inbound, max_outbound) in (1_u32..=64, 1_u32..=64),
-            (silence, reserve) in (1_u64..=300, 0_u64..1 << 40),
+            (silence, redial, reserve) in (1_u64..=300, 0_u64..=3600, 0_u64..1 << 40),
         ) {
             let mut config = AgentConfig::from_toml(GOOD).unwrap();
             config.name = name;
@@ -557,6 +569,7 @@ mod tests {
                 max_outbound,
                 memory_reserve: ByteSize::new(reserve),
                 peer_silence: HumanDuration::from_secs(silence),
+                redial: HumanDuration::from_secs(redial),
                 ..Limits::default()
             };
             let text = toml::to_string(&config).unwrap();

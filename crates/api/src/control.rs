@@ -458,7 +458,7 @@ pub struct MigrationInfo {
     /// How long it waited, once all pages have arrived.
     #[serde(default)]
     pub fault_wait: Option<FaultWait>,
-    /// How often both sides connected again while the VM ran on the destination.
+    /// How often both sides connected again after their connection broke.
     #[serde(default)]
     pub rejoined: u32,
     /// What was decided on the way and why, oldest first.

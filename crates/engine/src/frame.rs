@@ -155,6 +155,21 @@ impl Frame {
         }
     }
 
+    /// The pages that are in guest memory once the frame has been applied.
+    pub fn pages(&self) -> Option<&Block> {
+        match self {
+            Self::Pages(block)
+            | Self::Zero(block)
+            | Self::Compressed { block, .. }
+            | Self::Delta { block, .. }
+            | Self::Duplicate(block) => Some(block),
+            Self::Stale(_)
+            | Self::Drained { .. }
+            | Self::RoundEnd { .. }
+            | Self::DeviceState { .. } => None,
+        }
+    }
+
     /// The header as it goes onto the wire.
     pub fn encode(&self) -> [u8; HEADER_BYTES] {
         let mut header = [0; HEADER_BYTES];

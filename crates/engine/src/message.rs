@@ -10,7 +10,7 @@ use crate::order::Order;
 use crate::strategy::PostCopyUse;
 
 /// Versions of the protocol that this code speaks, best first.
-pub const VERSIONS: [u16; 1] = [3];
+pub const VERSIONS: [u16; 1] = [4];
 /// Longest encoded message in bytes, without its length.
 pub const MESSAGE_MAX: usize = 512 * 1024;
 /// Longest descriptor in bytes.
@@ -87,7 +87,8 @@ pub enum Message {
     /// Post-copy: the VM waits for this page.
     #[n(19)]
     Demand(#[n(0)] Demand),
-    /// Post-copy, after a reconnection: pages that are on the destination already.
+    /// After a reconnection: pages that are on the destination already. Under post-copy all of them; before the
+    /// switchover those of the round that is being received.
     #[n(20)]
     Present(#[n(0)] Present),
     /// Post-copy: all pages have arrived.
@@ -277,7 +278,7 @@ pub struct Complete {
     pub fault_wait_log2_us: Vec<u64>,
 }
 
-/// From this the streams of a VM that runs before all of its pages are there are opened anew.
+/// From this the streams of a migration that lost its connection are opened anew.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Encode, Decode)]
 #[cbor(map)]
 pub struct Rejoin {
@@ -344,7 +345,7 @@ impl std::fmt::Display for Reason {
     }
 }
 
-/// A question of a source in doubt.
+/// A question of a source that is in doubt, or whose connection broke before its commit.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 #[cbor(map)]
 pub struct Query {
@@ -356,7 +357,7 @@ pub struct Query {
     pub vm: VmId,
 }
 
-/// What the destination's durable record says.
+/// What the destination's durable record says, or its session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 pub enum Verdict {
     /// The destination owns the VM since this epoch.
@@ -374,6 +375,9 @@ pub enum Verdict {
     /// The destination owns and runs the VM, and needs the pages that it does not have yet.
     #[n(4)]
     Pulling(#[n(0)] Rejoin),
+    /// Nothing is committed; the destination keeps what has arrived, and so many whole rounds have.
+    #[n(5)]
+    Receiving(#[n(0)] Rejoin, #[n(1)] u32),
 }
 
 /// Bytes that are not a message.
@@ -486,7 +490,7 @@ impl Message {
             ),
             Self::Refused(refused) => check(blockers(&refused.blockers), "list of blockers"),
             Self::CheckReply(list) => check(blockers(list), "list of blockers"),
-            Self::Verdict(Verdict::Pulling(rejoin)) => check(
+            Self::Verdict(Verdict::Pulling(rejoin) | Verdict::Receiving(rejoin, _)) => check(
                 (1..=STREAMS_MAX).contains(&rejoin.streams),
                 "number of streams",
             ),
@@ -592,6 +596,13 @@ mod tests {
                 streams: 2,
                 stream_secret: StreamSecret([6; 32]),
             })),
+            Message::Verdict(Verdict::Receiving(
+                Rejoin {
+                    streams: 2,
+                    stream_secret: StreamSecret([6; 32]),
+                },
+                3,
+            )),
             Message::Demand(Demand {
                 region: 1,
                 page: 77,

@@ -76,7 +76,7 @@ pub struct Progress {
     pub demands: u64,
     /// How long it waited, see [`crate::message::Complete`].
     pub fault_wait_log2_us: Vec<u64>,
-    /// Times that both sides came together again after the VM ran on the destination.
+    /// Times that both sides came together again after their connection broke.
     pub rejoined: u32,
     /// Whether the pages that arrived after the switchover are those that were sent; absent without such pages.
     pub pulled_verified: Option<bool>,
@@ -109,6 +109,12 @@ impl Progress {
     pub fn round_remaining_pages(&self) -> u64 {
         let done = (self.sent.pages_raw + self.sent.pages_zero).saturating_sub(self.pages_before);
         self.round_pages.saturating_sub(done)
+    }
+
+    /// So many pages of this round are still to be sent, whatever was counted as sent already.
+    pub(crate) fn round_left(&mut self, pages: u64) {
+        let done = (self.sent.pages_raw + self.sent.pages_zero).saturating_sub(self.pages_before);
+        self.round_pages = done.saturating_add(pages);
     }
 
     /// Counts what the streams have sent, and the share of the work done.

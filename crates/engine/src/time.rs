@@ -54,6 +54,12 @@ pub struct Timing {
     pub redial_min: Duration,
     /// Longest delay before dialling again. Default 5 s.
     pub redial_max: Duration,
+    /// How long a source whose connection broke while it copies dials again before it gives the migration up; zero: it
+    /// gives it up at once. Default 30 s.
+    pub redial: Duration,
+    /// How long a destination whose connection broke while it receives keeps what has arrived; zero: not at all. Longer
+    /// than `redial` by the time that either side may take to notice. Default 50 s.
+    pub rejoin: Duration,
 }
 
 impl Default for Timing {
@@ -65,6 +71,8 @@ impl Default for Timing {
             switchover: Duration::from_secs(30),
             redial_min: Duration::from_millis(200),
             redial_max: Duration::from_secs(5),
+            redial: Duration::from_secs(30),
+            rejoin: Duration::from_secs(50),
         }
     }
 }

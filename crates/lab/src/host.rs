@@ -138,7 +138,7 @@ impl Host {
             "name = {name:?}\nstate-dir = {:?}\nruntime-dir = {:?}\n\
              [tls]\nca = {:?}\ncertificate = {:?}\nkey = {:?}\n\
              [listen]\nmigration = \"0.0.0.0:{PORT}\"\n\
-             [limits]\nmemory-reserve = \"{memory_reserve_mib}MiB\"\npeer-silence = \"3s\"\n\
+             [limits]\nmemory-reserve = \"{memory_reserve_mib}MiB\"\npeer-silence = \"3s\"\nredial = \"12s\"\n\
              [qemu]\nallowed-paths = [{guest:?}]\n",
             self.dir.join("s"),
             self.dir.join("r"),

@@ -337,6 +337,8 @@ impl Chain {
                 Phase::Done | Phase::InDoubt => true,
                 // Under post-copy the destination may be at resuming the VM, which waits for pages.
                 Phase::PostCopy | Phase::Committing => info.reason.is_some(),
+                // Dialling again, or waiting for who dials.
+                Phase::PreCopy => info.reason.is_some(),
                 _ => false,
             }))
         })

@@ -57,8 +57,8 @@ fn main() -> ExitCode {
     println!(
         "{} seeds at {rate:.0} a second: {completed} completed, {turned_back} turned back, {taken_back} taken back \
          after the commit, {killed} killed by the simulation, {lied} with a host that lies; {} in doubt on the way, \
-         {} agents crashed, somebody on the path noticed {} times",
-        arguments.seeds, tally.doubted, tally.crashes, tally.noticed
+         connected again {} times, {} agents crashed, somebody on the path noticed {} times",
+        arguments.seeds, tally.doubted, tally.rejoined, tally.crashes, tally.noticed
     );
     ExitCode::SUCCESS
 }
@@ -70,6 +70,7 @@ struct Tally {
     doubted: u64,
     crashes: u64,
     noticed: u64,
+    rejoined: u64,
 }
 
 impl Tally {
@@ -80,6 +81,7 @@ impl Tally {
         self.doubted += u64::from(report.doubted);
         self.crashes += u64::from(report.crashes);
         self.noticed += u64::from(report.noticed);
+        self.rejoined += u64::from(report.rejoined);
     }
 
     fn merge(&mut self, other: &Self) {
@@ -89,6 +91,7 @@ impl Tally {
         self.doubted += other.doubted;
         self.crashes += other.crashes;
         self.noticed += other.noticed;
+        self.rejoined += other.rejoined;
     }
 }
 

@@ -47,10 +47,14 @@ pub enum Mutation {
     AbortUndoesCommit,
     /// A VM whose hypervisor ended on the destination before it ran there is given up.
     LoseWhatNeverRan,
+    /// After a reconnection before the switchover the destination names pages as arrived that have not.
+    ClaimMissingReceived,
+    /// What comes late on the streams of a connection that broke still counts.
+    OldStreamsAccepted,
 }
 
 /// All of them.
-pub const ALL: [Mutation; 22] = [
+pub const ALL: [Mutation; 24] = [
     Mutation::ResumeOnLostConnection,
     Mutation::CommitBeforeDurable,
     Mutation::RunBeforeOwnedIsDurable,
@@ -73,4 +77,6 @@ pub const ALL: [Mutation; 22] = [
     Mutation::HalfMessageAccepted,
     Mutation::AbortUndoesCommit,
     Mutation::LoseWhatNeverRan,
+    Mutation::ClaimMissingReceived,
+    Mutation::OldStreamsAccepted,
 ];

@@ -7,13 +7,14 @@ use palanquin_sim::{Outcome, simulate};
 #[test]
 fn one_owner_over_three_thousand_seeds() {
     let mut outcomes = Vec::new();
-    let (mut doubted, mut noticed) = (0, 0);
+    let (mut doubted, mut noticed, mut rejoined) = (0, 0, 0);
     for seed in 0..3000 {
         match simulate(seed, None, false) {
             Ok(report) => {
                 outcomes.push(report.outcome);
                 doubted += u32::from(report.doubted);
                 noticed += report.noticed;
+                rejoined += report.rejoined;
             }
             Err(law) => panic!("{law}\nreplay with: cargo run -p palanquin-sim -- --seed {seed}"),
         }
@@ -29,6 +30,7 @@ fn one_owner_over_three_thousand_seeds() {
     }
     assert!(doubted > 0, "no seed was ever in doubt");
     assert!(noticed > 0, "nobody on the path was ever noticed");
+    assert!(rejoined > 0, "no connection was ever made again");
 }
 
 #[test]

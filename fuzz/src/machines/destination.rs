@@ -255,9 +255,10 @@ impl Player {
             .destination
             .handle_query(self.now, StreamSecret([4; 32]));
         if connected {
+            let copies = self.seen.opened && self.seen.drained.is_none();
             assert!(
-                self.seen.post_copy,
-                "only a VM that needs pages takes over a connection"
+                self.seen.post_copy || copies && !self.seen.asked_discard,
+                "a connection is taken over and no pages are needed"
             );
             self.seen.connected = true;
         }
@@ -279,7 +280,8 @@ impl Player {
 
     fn round(&mut self, round: u32, last: bool) {
         let in_turn = round == self.seen.rounds + 1 && last == self.seen.drained.is_some();
-        if self.seen.opened && !self.seen.last_round && in_turn {
+        let receives = self.seen.opened && !self.destination.is_waiting_for_source();
+        if receives && !self.seen.last_round && in_turn {
             self.seen.rounds = round;
             self.seen.last_round = last;
         }
@@ -287,7 +289,8 @@ impl Player {
     }
 
     fn drained(&mut self, post_copy: bool) {
-        if self.seen.opened && self.seen.drained.is_none() {
+        let receives = self.seen.opened && !self.destination.is_waiting_for_source();
+        if receives && self.seen.drained.is_none() {
             self.seen.drained = Some(post_copy);
         }
         self.destination.handle_drained(self.now, post_copy);
@@ -323,6 +326,10 @@ impl Player {
                 })
             }
             DestinationPhase::Preparing => Message::Hello(Hello::ours("fuzz")),
+            DestinationPhase::Receiving if !self.seen.connected => {
+                self.query();
+                return Ok(());
+            }
             DestinationPhase::Receiving => {
                 if u.arbitrary()? {
                     let post_copy = u.arbitrary()?;
@@ -543,6 +550,10 @@ impl Player {
                         assert!(!seen.post_copy || seen.activated);
                     }
                     Message::Verdict(Verdict::Pulling(_)) => assert!(seen.owned && seen.post_copy),
+                    Message::Verdict(Verdict::Receiving(_, rounds)) => {
+                        assert!(seen.opened && seen.drained.is_none() && !seen.asked_owned);
+                        assert_eq!(rounds, seen.rounds, "another number of rounds has arrived");
+                    }
                     Message::Verdict(_) => panic!("a session answers for itself: {message:?}"),
                     Message::Discarded(_) => {
                         assert!(seen.discarded, "a discard is told before it is durable")
@@ -612,6 +623,9 @@ impl Player {
                 assert!((1..=1 << 20).contains(&seal.device_state_bytes));
             }
             DestinationAction::ComputeRoot(op) => self.wait(op, Kind::Root),
+            DestinationAction::TellReceived => {
+                assert!(seen.connected && seen.opened && seen.drained.is_none());
+            }
             DestinationAction::TellPresent => assert!(seen.connected && seen.post_copy),
             DestinationAction::EndPulling(op) => {
                 assert!(seen.post_copy && seen.owned && seen.pulled);

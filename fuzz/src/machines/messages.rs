@@ -33,7 +33,14 @@ fn epoch(u: &mut Unstructured<'_>) -> Result<Epoch> {
 
 /// An answer to a source in doubt.
 pub(crate) fn verdict(u: &mut Unstructured<'_>) -> Result<Verdict> {
-    Ok(match u.int_in_range(0..=4)? {
+    Ok(match u.int_in_range(0..=5)? {
+        5 => Verdict::Receiving(
+            Rejoin {
+                streams: offer_sample().streams,
+                stream_secret: StreamSecret([3; 32]),
+            },
+            u.int_in_range(0..=3)?,
+        ),
         0 => Verdict::Owned(epoch(u)?),
         1 => Verdict::Discarded,
         2 => Verdict::Undecided,

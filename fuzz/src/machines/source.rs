@@ -7,7 +7,7 @@ use arbitrary::{Result, Unstructured};
 use palanquin_engine::convergence::Limits;
 use palanquin_engine::ids::Sha256;
 use palanquin_engine::ids::StreamSecret;
-use palanquin_engine::message::{Accepted, Complete, HelloReply, Verdict};
+use palanquin_engine::message::{Accepted, Complete, HelloReply, Rejoin, Verdict};
 use palanquin_engine::pages::{PageSet, RamLayout};
 use palanquin_engine::progress::SentCounters;
 use palanquin_engine::source::{AbortDisposition, Ending, Failure, Op, RoundMark, SourceDone};
@@ -208,8 +208,13 @@ impl Player {
                 } else {
                     self.seen.attempt
                 };
-                self.seen.connected &= attempt != self.seen.attempt;
-                self.source.handle_connection_lost(now, attempt, reason());
+                if u.ratio(1, 4)? {
+                    // The connection may still be there, or the machine hangs up.
+                    self.source.handle_stream_lost(now, reason());
+                } else {
+                    self.seen.connected &= attempt != self.seen.attempt;
+                    self.source.handle_connection_lost(now, attempt, reason());
+                }
             }
             185..=199 => self.connected(),
             200..=206 => {
@@ -282,7 +287,7 @@ impl Player {
             Verdict::Owned(epoch) => self.seen.told_owned |= *epoch == COMMIT_EPOCH,
             Verdict::Discarded => self.seen.told_discarded = true,
             Verdict::Pulling(_) => self.seen.told_running = true,
-            Verdict::Undecided | Verdict::Unknown => {}
+            Verdict::Undecided | Verdict::Unknown | Verdict::Receiving(..) => {}
         }
     }
 
@@ -319,7 +324,7 @@ impl Player {
         let streams_asked = std::mem::take(&mut self.seen.streams_asked);
         let message = if streams_asked {
             Message::StreamsReady
-        } else if self.seen.acknowledged < self.seen.rounds_ended {
+        } else if self.seen.acknowledged < self.seen.rounds_ended && !self.source.is_redialling() {
             Message::RoundReceived(self.seen.acknowledged + 1)
         } else {
             match self.seen.said.take() {
@@ -331,7 +336,17 @@ impl Player {
                 }),
                 Some(Message::Seal(_)) => Message::Ready(messages::root(u)?),
                 Some(Message::Commit(_)) => Message::Running(COMMIT_EPOCH),
+                Some(Message::Query(_)) if self.source.is_redialling() && u.ratio(7, 8)? => {
+                    let whole = self.seen.acknowledged < self.seen.rounds_ended && u.arbitrary()?;
+                    self.seen.acknowledged += u32::from(whole);
+                    let rejoin = Rejoin {
+                        streams: offer_sample().streams,
+                        stream_secret: StreamSecret([3; 32]),
+                    };
+                    Message::Verdict(Verdict::Receiving(rejoin, self.seen.acknowledged))
+                }
                 Some(Message::Query(_)) => Message::Verdict(messages::verdict(u)?),
+                _ if self.source.is_redialling() => Message::Present(messages::present(u)?),
                 _ if self.source.runs_on_destination() => match u.int_in_range(0..=3)? {
                     0 => Message::Present(messages::present(u)?),
                     1 => Message::Complete(Complete {
@@ -575,13 +590,17 @@ impl Player {
             SourceAction::FindData(op) => self.wait(op, Kind::Pages),
             SourceAction::Throttle(share) => assert!(share > 0.0 && share <= 1.0, "{share}"),
             SourceAction::SendPages {
-                op, pages, then, ..
+                op,
+                pages,
+                round,
+                then,
             } => {
                 self.copies();
                 assert_eq!(pages.layout(), &self.layout);
                 let seen = &mut self.seen;
                 if matches!(then, RoundMark::End | RoundMark::Last) {
-                    seen.rounds_ended += 1;
+                    // Perhaps once more, where the connection broke.
+                    seen.rounds_ended = round;
                 }
                 assert!(
                     then != RoundMark::Pushed || seen.told_running,
@@ -600,6 +619,7 @@ impl Player {
             }
             SourceAction::Pause(op) => {
                 assert!(!seen.committed);
+                assert!(seen.connected, "paused, and nobody takes the VM");
                 seen.paused = true;
                 self.wait(op, Kind::Pause);
             }
@@ -609,7 +629,11 @@ impl Player {
             }
             SourceAction::ComputeRoot(op) => self.wait(op, Kind::Root),
             SourceAction::ComputePulledRoot(op) => self.wait(op, Kind::PulledRoot),
-            SourceAction::CloseStreams => {}
+            SourceAction::CloseStreams => {
+                let of_streams = |kind: &Kind| matches!(kind, Kind::Sent | Kind::Streams);
+                self.pending.retain(|(_, kind)| !of_streams(kind));
+                self.seen.streams_asked = false;
+            }
             SourceAction::StopCopying => {
                 seen.stopped = true;
                 self.pending.retain(|(_, kind)| kind.queue() != 0);

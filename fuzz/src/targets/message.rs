@@ -206,6 +206,7 @@ fn samples() -> Vec<Message> {
         Message::Verdict(Verdict::Undecided),
         Message::Verdict(Verdict::Unknown),
         Message::Verdict(Verdict::Pulling(rejoin)),
+        Message::Verdict(Verdict::Receiving(rejoin, 2)),
         Message::Demand(Demand { region: 0, page: 9 }),
         Message::Present(Present {
             region: 0,
@@ -338,6 +339,7 @@ fn records(data: &[u8]) {
                 Verdict::Discarded => assert!(discarded),
                 Verdict::Unknown => panic!("there is a record"),
                 Verdict::Undecided | Verdict::Pulling(_) => {}
+                Verdict::Receiving(..) => panic!("only a session can say that"),
             }
         }
         let undecided = all

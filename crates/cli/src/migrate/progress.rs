@@ -21,6 +21,7 @@ enum Form {
 pub(super) struct Progress {
     form: Form,
     phase: Option<Phase>,
+    redialling: bool,
     percent: f64,
 }
 
@@ -36,13 +37,16 @@ impl Progress {
         Self {
             form,
             phase: None,
+            redialling: false,
             percent: 0.0,
         }
     }
 
     pub(super) fn show(&mut self, info: &MigrationInfo) {
-        let changed = self.phase != Some(info.phase);
+        let redialling = is_redialling(info);
+        let changed = self.phase != Some(info.phase) || self.redialling != redialling;
         self.phase = Some(info.phase);
+        self.redialling = redialling;
         let percent = self.advance(info.percent);
         match &self.form {
             Form::Bar(bar) => {
@@ -79,6 +83,11 @@ fn bar() -> ProgressBar {
     bar
 }
 
+/// Whether the connection broke while pages were being sent; then the agent gives the reason.
+fn is_redialling(info: &MigrationInfo) -> bool {
+    info.phase == Phase::PreCopy && info.reason.is_some()
+}
+
 fn text(info: &MigrationInfo) -> String {
     let mut text = render::phase(info.phase).to_owned();
     if info.phase == Phase::PreCopy && info.rounds > 0 {
@@ -99,6 +108,11 @@ fn text(info: &MigrationInfo) -> String {
         && let Some(reason) = &info.reason
     {
         text += &format!(": {reason}");
+    }
+    if is_redialling(info)
+        && let Some(reason) = &info.reason
+    {
+        text += &format!("; the link is lost, dialling again: {reason}");
     }
     line(&text)
 }

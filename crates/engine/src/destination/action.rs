@@ -36,7 +36,7 @@ pub enum DestinationAction {
     /// Start an empty container, then report.
     Reserve(Op, Offer),
     /// Accept this many data streams that prove knowledge of the secret, report when all are open, and from
-    /// then on apply what they bring.
+    /// then on apply what they bring, and nothing of earlier streams any more.
     ExpectStreams {
         /// To report with.
         op: Op,
@@ -62,12 +62,15 @@ pub enum DestinationAction {
     SealDeviceState(Seal),
     /// Compute the root over the digests of what arrived until the end of the last round, then report.
     ComputeRoot(Op),
+    /// Tell the source on the connection which pages have arrived since the last whole round. Nothing of earlier streams
+    /// may arrive any more.
+    TellReceived,
     /// Post-copy: tell the source on the connection which pages are here, and ask again for those that the VM waits
     /// for.
     TellPresent,
     /// Post-copy: all pages have been sent. What is not here holds no data: let nothing wait any more, then report.
     EndPulling(Op),
-    /// Close the connection and the streams.
+    /// Close the connection and the streams. Nothing that was on its way on them may be reported any more.
     Disconnect,
     /// Let the VM run (or leave it paused where the order says so), then report.
     Activate(Op),

@@ -6,12 +6,15 @@
 //! post-copy: Activating ─▶ Pulling ⇄ Rejoining ─▶ Finishing ─▶ AwaitErased
 //! any state left of ═▶ :  Terminating ─▶ RecordingDiscard ─▶ Ended(discarded)
 //! Owning, Activating, not resumed:  GivingBack ─▶ Terminating …
+//! Receiving ⇄ AwaitRejoin, Reopening, until the VM is paused
 //! ```
 //!
-//! A lost connection left of `Owning` discards; the container never ran. A source that had committed learns
+//! A connection that is lost while pages arrive may be made again by the source for a while. One that is lost later, left
+//! of `Owning`, discards; the container never ran. A source that had committed learns
 //! that from the durable record.
 
 mod action;
+mod rejoin;
 mod state;
 mod steps;
 
@@ -151,7 +154,9 @@ impl Destination {
             State::Recording { .. } | State::Reserving { .. } | State::OpeningStreams { .. } => {
                 DestinationPhase::Reserving
             }
-            State::Receiving { drained: None, .. } => DestinationPhase::Receiving,
+            State::Receiving { drained: None, .. }
+            | State::AwaitRejoin { .. }
+            | State::Reopening { .. } => DestinationPhase::Receiving,
             State::Receiving { .. } | State::Loading { .. } | State::AwaitCommit => {
                 DestinationPhase::Switchover
             }
@@ -228,7 +233,8 @@ impl Destination {
                 State::RecordingEnd(_) => self.record_end(),
                 State::GivingBack(_) => self.terminate(),
                 State::RecordingDiscard { .. } => self.record_discard(),
-                State::Rejoining(_) => {
+                State::AwaitRejoin { .. } => self.discard(now, self.not_back()),
+                State::Rejoining(_) | State::Reopening { .. } => {
                     let what = "the source did not open its streams in time";
                     self.handle_connection_lost(now, Reason::new("timeout", what));
                 }
@@ -256,14 +262,21 @@ impl Destination {
                 self.reason = Some(reason);
                 self.actions.push_back(DestinationAction::Disconnect);
             }
+            State::AwaitRejoin { .. } => {}
+            _ if self.may_rejoin() => self.await_rejoin(now, reason),
             _ => self.discard(now, reason),
         }
     }
 
-    /// The source asks on another connection what became of this migration: it has lost this one. True if the VM runs
-    /// here and needs pages: then the connection is this migration's from now on, and the streams are opened anew
-    /// with this fresh secret. What was on the way on the old ones does not count.
+    /// The source asks on another connection what became of this migration: it has lost this one. True if it goes on,
+    /// because pages are still arriving, or because the VM runs here and needs pages: then the connection is this
+    /// migration's from now on, and the streams are opened anew with this fresh secret. What was on the way on the old
+    /// ones does not count.
     pub fn handle_query(&mut self, now: Time, stream_secret: StreamSecret) -> bool {
+        if self.may_rejoin() {
+            self.reopen(now, stream_secret);
+            return true;
+        }
         if let State::Activating { op, .. } = self.state
             && self.post_copy
         {
@@ -597,14 +610,11 @@ impl Destination {
                 self.discard(now, Reason::new("blocked", what));
             }
             (State::OpeningStreams { op: expected }, DestinationDone::Done) if *expected == op => {
-                self.deadline = None;
-                self.state = State::Receiving {
-                    drained: None,
-                    load: Load::NotYet,
-                    last: None,
-                    seal: None,
-                };
-                self.send(now, Message::StreamsReady);
+                self.receive(now);
+            }
+            (State::Reopening { op: expected, .. }, DestinationDone::Done) if *expected == op => {
+                self.receive(now);
+                self.actions.push_back(DestinationAction::TellReceived);
             }
             (
                 State::Receiving { load, .. } | State::Loading { load, .. },
@@ -742,7 +752,9 @@ impl Destination {
                 self.deadline = Some(now + RETRY);
             }
             State::Activated(expected) if *expected == op => self.activated(now),
-            State::Rejoining(expected) if *expected == op => {
+            State::Rejoining(expected) | State::Reopening { op: expected, .. }
+                if *expected == op =>
+            {
                 self.handle_connection_lost(now, failure.reason);
             }
             State::EndingPull(expected) if *expected == Some(op) => {

@@ -3,6 +3,7 @@
 use super::action::Op;
 use crate::ids::Root;
 use crate::message::{Offer, Seal};
+use crate::time::Time;
 
 /// How far the device state is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -34,6 +35,16 @@ pub(super) enum State {
         load: Load,
         last: Option<u32>,
         seal: Option<Seal>,
+    },
+    /// The connection broke while pages arrived; they are kept for the source to come back.
+    AwaitRejoin {
+        /// When they are not any more.
+        until: Time,
+    },
+    /// The source is back, and its streams are being opened anew.
+    Reopening {
+        op: Op,
+        until: Time,
     },
     Loading {
         load: Load,

@@ -141,6 +141,11 @@ impl Destination {
             State::Greeting | State::AwaitOffer | State::Consulting(_) => {
                 self.finish_refused(reason);
             }
+            State::AwaitRejoin { .. } | State::Reopening { .. } => {
+                // What it waited for is not why it ends.
+                self.reason = Some(reason);
+                self.terminate();
+            }
             _ => {
                 self.reason.get_or_insert(reason);
                 self.terminate();

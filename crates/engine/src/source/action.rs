@@ -47,7 +47,7 @@ pub enum SourceAction {
     Disconnect,
     /// Make durable, then report.
     Journal(Op, SourceRecord),
-    /// Open the data streams, then report.
+    /// Open the data streams, then report. Nothing that is sent on them may refer to what was sent on others before.
     OpenStreams {
         /// To report with.
         op: Op,
@@ -109,7 +109,8 @@ pub enum SourceAction {
     ComputeRoot(Op),
     /// Compute the root over the digests of the pages that were sent after the last round, then report.
     ComputePulledRoot(Op),
-    /// Close the data streams; what was under way need not be reported any more.
+    /// Close the data streams; what was under way need not be reported any more. When streams are opened again, nothing
+    /// of these may read guest memory or note digests any more.
     CloseStreams,
     /// Stop sending pages and tracking writes; what was under way need not be reported any more.
     StopCopying,

@@ -11,6 +11,7 @@
 //!                                │ ▲
 //!                                ▼ │ streams, pages present
 //!                        InDoubt ─▶ Rejoining
+//! Arming, Collecting, Sending, Calm ⇄ Redialling
 //! any state left of ═▶ :  Resuming ─▶ RecordingAbort ─▶ Ended(running on the source)
 //! ```
 //!
@@ -19,6 +20,7 @@
 mod action;
 mod post_copy;
 mod present;
+mod redial;
 mod state;
 mod steps;
 mod turn_back;
@@ -31,7 +33,10 @@ pub use self::action::{
     SourcePhase,
 };
 use self::post_copy::PostCopy;
-use self::state::{AfterResume, Doubt, Draining, DrainingPages, Sending, SendingStep, State, Step};
+use self::state::{
+    AfterResume, Doubt, Draining, DrainingPages, Interrupted, Link, Redialling, Sending,
+    SendingStep, State, Step,
+};
 use crate::ids::{Epoch, Root};
 use crate::journal::{SourceRecord, SourceRecovery};
 use crate::message::{Hello, Message, Offer, Query, Reason, VERSIONS, Verdict, WireBlocker};
@@ -43,8 +48,8 @@ use crate::time::{Liveness, Pulse, Time};
 
 /// Most attempts to resume a VM that stays paused.
 const RESUME_ATTEMPTS: u32 = 5;
-/// Longest delay before dialling again while the VM runs on the destination without all of its pages.
-const REDIAL_MAX_POST_COPY: Duration = Duration::from_secs(1);
+/// Longest delay before dialling again while pages are to be sent.
+const REDIAL_MAX_COPYING: Duration = Duration::from_secs(1);
 
 /// The state machine of a source, see the [module](self).
 #[derive(Clone, Debug)]
@@ -81,6 +86,16 @@ pub struct Source {
     ended_there: Option<Reason>,
     /// Whether this goes on after a restart: then it is not known how the VM was sealed.
     recovered: bool,
+    /// Data streams that were agreed on, and whether there is one more for pages that the VM waits for.
+    streams: Option<(u16, bool)>,
+    /// The connection broke since the last collection.
+    interrupted: bool,
+    /// Reconnections one after the other before which nothing arrived.
+    stalled: u32,
+    /// Whole rounds that had arrived at the newest reconnection, and pages of the next.
+    arrived_before: (u32, u64),
+    /// The migration ended here, and the destination may wait for its source.
+    untold: bool,
 }
 
 /// Pages sent at least once, to count what is sent again.
@@ -100,6 +115,7 @@ impl Source {
     pub fn recover(now: Time, config: SourceConfig, record: &SourceRecord) -> Self {
         let mut source = Self::at(now, config, None);
         source.recovered = true;
+        source.untold = matches!(record, SourceRecord::Ordered(_));
         let restarted = Reason::new("agent-restarted", "the agent of the source was restarted");
         match record.recovery() {
             SourceRecovery::Resume => {
@@ -138,6 +154,11 @@ impl Source {
             told_pulling: false,
             ended_there: None,
             recovered: false,
+            streams: None,
+            interrupted: false,
+            stalled: 0,
+            arrived_before: (0, 0),
+            untold: false,
             config,
             offer,
             state: State::Ended,
@@ -213,9 +234,11 @@ impl Source {
         match self.state {
             State::Ordering(_) | State::Connecting | State::Greeting => SourcePhase::Preparing,
             State::Offering | State::OpeningStreams { .. } => SourcePhase::Reserving,
-            State::Arming(_) | State::Collecting(_) | State::Sending(_) | State::Calm => {
-                SourcePhase::PreCopy
-            }
+            State::Arming(_)
+            | State::Collecting(_)
+            | State::Sending(_)
+            | State::Calm
+            | State::Redialling(_) => SourcePhase::PreCopy,
             State::Pausing { .. } | State::Draining(_) | State::AwaitReady { .. } => {
                 SourcePhase::Switchover
             }
@@ -267,7 +290,11 @@ impl Source {
             }
         }
         if self.copying() && now >= self.progress.began + self.config.limits.deadline {
-            return self.abort(now, self.why_not_done());
+            let reason = match &self.state {
+                State::Redialling(_) => self.not_reached_again(),
+                _ => self.why_not_done(),
+            };
+            return self.abort(now, reason);
         }
         if self.deadline.is_some_and(|deadline| now >= deadline) {
             self.deadline = None;
@@ -286,6 +313,7 @@ impl Source {
             }
             State::InDoubt(Doubt::Waiting) => self.dial(now),
             State::Calm => self.collect(false),
+            State::Redialling(_) => self.redialling_too_long(now),
             State::Rejoining { .. } => {
                 let reason = Reason::new("peer-silent", "the destination does not go on");
                 self.connection_lost(now, reason);
@@ -370,6 +398,9 @@ impl Source {
         match self.state {
             State::Connecting => self.state = State::Greeting,
             State::InDoubt(Doubt::Dialling) => self.state = State::InDoubt(Doubt::Greeting),
+            State::Redialling(ref mut redialling) if matches!(redialling.link, Link::Dialling) => {
+                redialling.link = Link::Greeting;
+            }
             _ => return,
         }
         self.live = Some(Liveness::new(now, self.config.timing.silence));
@@ -384,6 +415,15 @@ impl Source {
         }
     }
 
+    /// A data stream of the newest connection broke. The connection may still tell why.
+    pub fn handle_stream_lost(&mut self, now: Time, reason: Reason) {
+        if self.may_redial() && !matches!(self.state, State::Redialling(_)) {
+            self.redial(now, reason, true);
+        } else {
+            self.connection_lost(now, reason);
+        }
+    }
+
     fn connection_lost(&mut self, now: Time, reason: Reason) {
         self.live = None;
         match self.state {
@@ -394,6 +434,7 @@ impl Source {
             }
             // The record is on its way to the disk: when it is there we are in doubt.
             State::Committing(_) => self.reason = Some(reason),
+            _ if self.may_redial() => self.redial(now, reason, false),
             _ if self.may_turn_back() => self.abort(now, reason),
             _ => {}
         }
@@ -411,6 +452,7 @@ impl Source {
         let turning_back = self.turning_back();
         match (&mut self.state, message) {
             (_, Message::Ping) | (State::Ended, _) => {}
+            (State::Redialling(_), message) => self.told_while_redialling(now, message),
             (State::Greeting, Message::HelloReply(reply)) => {
                 if !reply
                     .version
@@ -463,6 +505,7 @@ impl Source {
                     );
                 }
                 let op = self.op();
+                self.streams = Some((accepted.streams, accepted.post_copy));
                 self.state = State::OpeningStreams {
                     op,
                     opened: false,
@@ -588,6 +631,10 @@ impl Source {
     fn done(&mut self, now: Time, op: Op, done: SourceDone) {
         let is_post_copy = self.is_post_copy(op);
         match (&mut self.state, done) {
+            (State::Redialling(redialling), done) => {
+                redialling.done(op, done);
+                self.go_on(now);
+            }
             (State::Ordering(expected), SourceDone::Done) if *expected == op => {
                 self.state = State::Connecting;
                 self.deadline = Some(now + self.config.timing.handshake);
@@ -764,6 +811,9 @@ impl Source {
                 self.reason = Some(failure.reason);
                 self.resume(AfterResume::Finish);
             }
+            State::Redialling(redialling) if redialling.opens(op) && !failure.vm_gone => {
+                self.connection_lost(now, failure.reason);
+            }
             State::Rejoining { open, find, .. } if *open == Some(op) || *find == Some(op) => {
                 self.connection_lost(now, failure.reason);
             }
@@ -794,8 +844,12 @@ impl Source {
 
     /// Dial at once instead of waiting for the next attempt.
     pub fn handle_redial(&mut self, now: Time) {
-        if matches!(self.state, State::InDoubt(Doubt::Waiting)) {
-            self.dial(now);
+        match &self.state {
+            State::InDoubt(Doubt::Waiting) => self.dial(now),
+            State::Redialling(redialling) if matches!(redialling.link, Link::Waiting) => {
+                self.dial_again(now);
+            }
+            _ => {}
         }
     }
 

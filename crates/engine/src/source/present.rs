@@ -42,6 +42,11 @@ impl Source {
             told_pulling,
             ended_there,
             recovered,
+            streams,
+            interrupted,
+            stalled,
+            arrived_before,
+            untold: _,
         } = self;
         debug_assert!(actions.is_empty(), "actions decide too");
         offer.is_some().hash(hasher);
@@ -51,6 +56,7 @@ impl Source {
         (progress.began, progress.rounds, &progress.predictor).hash(hasher);
         (scheduler, post_copy, pages_lost, told_pulling).hash(hasher);
         (ended_there.is_some(), recovered).hash(hasher);
+        (streams, interrupted, stalled, arrived_before).hash(hasher);
     }
 
     pub(super) fn reason_or_unknown(&self) -> Reason {
@@ -96,6 +102,7 @@ impl Source {
                 | State::Collecting(_)
                 | State::Sending(_)
                 | State::Calm
+                | State::Redialling(_)
         )
     }
 
@@ -122,6 +129,7 @@ impl Source {
                         DrainingPages::Sent => false,
                     }
             }
+            State::Redialling(redialling) => redialling.works_at(op),
             State::AwaitReady { save, root_op, .. } => {
                 *save == op || *root_op == op || self.is_post_copy(op)
             }

@@ -22,6 +22,8 @@ pub(super) enum State {
     Sending(Sending),
     /// Nothing is worth sending now; the deadline ends it.
     Calm,
+    /// The connection broke in one of the four before this; the VM runs on here.
+    Redialling(Box<Redialling>),
     Pausing {
         op: Op,
         pending: PageSet,
@@ -78,10 +80,57 @@ pub(super) enum State {
 #[derive(Clone, Debug, Hash)]
 pub(super) struct Sending {
     pub(super) step: SendingStep,
+    /// Pages of the round that were given to the streams. Whether they have arrived the destination knows.
+    pub(super) given: PageSet,
     /// Pages of the round that were not given to the streams yet.
     pub(super) rest: PageSet,
     /// Where the next slice begins.
     pub(super) cursor: (usize, u64),
+}
+
+/// Dialling again before the VM is paused.
+#[derive(Clone, Debug, Hash)]
+pub(super) struct Redialling {
+    pub(super) link: Link,
+    pub(super) work: Interrupted,
+    /// When it is given up.
+    pub(super) until: Time,
+}
+
+/// How far the new connection is.
+#[derive(Clone, Debug, Hash)]
+pub(super) enum Link {
+    /// Until the deadline, then dial.
+    Waiting,
+    Dialling,
+    Greeting,
+    Asked,
+    /// Until the streams are open and it is known what has arrived.
+    Opening {
+        open: Option<Op>,
+        ready: bool,
+        /// Whole rounds that have arrived.
+        rounds: u32,
+        /// Pages of the round after them that have.
+        arrived: PageSet,
+        all_told: bool,
+    },
+}
+
+/// What was under way when the connection broke.
+#[derive(Clone, Debug, Hash)]
+pub(super) enum Interrupted {
+    /// It goes on meanwhile.
+    Arming(Op),
+    Armed,
+    /// It goes on meanwhile: what it finds is named only once.
+    Collecting(Op),
+    Collected(PageSet),
+    Round {
+        given: PageSet,
+        rest: PageSet,
+    },
+    Calm,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

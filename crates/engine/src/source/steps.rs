@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{
-    Doubt, Draining, DrainingPages, Op, PostCopy, REDIAL_MAX_POST_COPY, RoundMark, Sending,
+    Doubt, Draining, DrainingPages, Op, PostCopy, REDIAL_MAX_COPYING, RoundMark, Sending,
     SendingStep, Source, SourceAction, SourceDone, State,
 };
 use crate::ids::{Epoch, Sha256};
@@ -43,10 +43,18 @@ impl Source {
         if let Some(backlog) = &self.backlog {
             left.union(backlog);
         }
+        // What was measured across an outage says nothing about the path or the guest.
+        let interrupted = std::mem::take(&mut self.interrupted);
+        let sent_bytes = if interrupted {
+            0
+        } else {
+            self.round_sent_pages * PAGE_BYTES
+        };
         if rounds > 0 {
-            let bytes = self.round_sent_pages * PAGE_BYTES;
-            let elapsed = now - self.mark;
-            self.progress.predictor.round(bytes, elapsed, pages.len());
+            if !interrupted {
+                let elapsed = now - self.mark;
+                self.progress.predictor.round(sent_bytes, elapsed, pages.len());
+            }
             self.progress.predicted_downtime =
                 self.progress.predictor.predicted_downtime(left.bytes());
         }
@@ -54,7 +62,7 @@ impl Source {
             rounds,
             written: &pages,
             left: &left,
-            sent_bytes: self.round_sent_pages * PAGE_BYTES,
+            sent_bytes,
             elapsed: now - self.progress.began,
             predictor: &self.progress.predictor,
         });
@@ -89,6 +97,7 @@ impl Source {
         self.begin_round(sends.len());
         self.state = State::Sending(Sending {
             step: SendingStep::Acknowledged,
+            given: PageSet::empty(sends.layout()),
             rest: sends,
             cursor: (0, 0),
         });
@@ -96,7 +105,7 @@ impl Source {
     }
 
     /// Gives the streams the next pages of the round.
-    fn send_slice(&mut self, now: Time) {
+    pub(super) fn send_slice(&mut self, now: Time) {
         let op = self.op();
         let slice_pages = if self.scheduler.strategy().skips_written() {
             self.slice_pages(now)
@@ -108,6 +117,7 @@ impl Source {
         };
         let (pages, cursor) = sending.rest.take(sending.cursor, slice_pages);
         let last = sending.rest.is_empty();
+        sending.given.union(&pages);
         sending.cursor = cursor;
         sending.step = SendingStep::Slice(op, last);
         self.count_resent(&pages);
@@ -407,17 +417,20 @@ impl Source {
         if self.post_copy.is_some() {
             self.actions.push_back(SourceAction::CloseStreams);
         }
-        let exponent = self.redials.min(16);
-        let delay = self.config.timing.redial_min * 2_u32.pow(exponent);
         let longest = if self.runs_on_destination() {
-            REDIAL_MAX_POST_COPY.min(self.config.timing.redial_max)
+            REDIAL_MAX_COPYING.min(self.config.timing.redial_max)
         } else {
             self.config.timing.redial_max
         };
-        let delay = delay.min(longest);
-        self.redials = self.redials.saturating_add(1);
-        self.deadline = Some(now + delay);
+        self.deadline = Some(now + self.next_delay(longest));
         self.state = State::InDoubt(Doubt::Waiting);
+    }
+
+    /// How long to wait before dialling again.
+    pub(super) fn next_delay(&mut self, longest: Duration) -> Duration {
+        let exponent = self.redials.min(16);
+        self.redials = self.redials.saturating_add(1);
+        (self.config.timing.redial_min * 2_u32.pow(exponent)).min(longest)
     }
 
     pub(super) fn dial(&mut self, now: Time) {
@@ -441,6 +454,10 @@ impl Source {
             Verdict::Pulling(rejoin) if self.post_copy.is_some() || self.recovered => {
                 self.rejoin(now, rejoin);
             }
+            Verdict::Receiving(..) => self.doubt(
+                now,
+                Reason::new("peer-misbehaved", "the destination goes on receiving a VM that it was given"),
+            ),
             Verdict::Pulling(_) => self.doubt(
                 now,
                 Reason::new("peer-misbehaved", "the destination asks for pages that it was not promised"),

@@ -19,11 +19,16 @@ impl Source {
         if self.turning_back() || !self.may_turn_back() {
             return;
         }
+        if matches!(self.state, State::Redialling(_)) {
+            // What it waited for is not why it ends.
+            self.reason = None;
+        }
         self.turn_back(now, reason);
     }
 
     pub(super) fn turn_back(&mut self, now: Time, reason: Reason) {
         let ordering = matches!(self.state, State::Ordering(_));
+        self.untold = !self.is_heard() && self.was_offered();
         if self.live.is_some() && !ordering {
             self.send(now, Message::Abort(reason.clone()));
         }

@@ -64,6 +64,15 @@ impl World {
                 let root = root(self.destination.received);
                 self.destination_done(op, DestinationDone::Root(root));
             }
+            DestinationAction::TellReceived => {
+                let told = self.destination.arrived || self.is(Mutation::ClaimMissingReceived);
+                self.send_to_source(Message::Present(Present {
+                    region: 0,
+                    first_page: 0,
+                    bits: vec![u8::from(told)],
+                    last: true,
+                }));
+            }
             DestinationAction::TellPresent => {
                 let container = self.destination.container.as_ref();
                 let there = container.is_some_and(|container| container.version != 0);
@@ -202,6 +211,7 @@ impl World {
                 waits: false,
             });
             self.destination.received = 0;
+            self.destination.arrived = false;
             self.destination.state_arrived = false;
             self.destination.state_sealed = false;
             let post_copy = self.destination.wishes != PostCopyUse::No;

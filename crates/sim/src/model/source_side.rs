@@ -5,7 +5,7 @@ use std::sync::Arc;
 use palanquin_engine::ids::Sha256;
 use palanquin_engine::journal::SourceRecovery;
 use palanquin_engine::message::Message;
-use palanquin_engine::source::{AbortDisposition, Op, RoundMark, SourceAction, SourceDone};
+use palanquin_engine::source::{AbortDisposition, Ending, Op, RoundMark, SourceAction, SourceDone};
 use palanquin_engine::{PageSet, Source, SourceRecord};
 
 use super::world::{Data, NOW, VmJob, World, failure, layout, plain, reason, root};
@@ -94,7 +94,12 @@ impl World {
             SourceAction::SaveDeviceState(op) => self.source.jobs.push_back((op, VmJob::Save)),
             SourceAction::Resume(op) => self.source.jobs.push_back((op, VmJob::Resume)),
             SourceAction::Erase(op) => self.source.jobs.push_back((op, VmJob::Erase)),
-            SourceAction::Finish(_) => {
+            SourceAction::Finish(ending) => {
+                if let Ending::RunningOnSource(reason, _) = &ending
+                    && reason.code == "root-mismatch"
+                {
+                    self.broken = Some("what arrived is not what was sent");
+                }
                 self.source.engine = None;
                 self.source.opening = None;
             }

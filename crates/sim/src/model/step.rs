@@ -137,9 +137,11 @@ impl World {
 
     /// Whether the source does nothing but wait until it dials again.
     fn waits_to_dial(&self) -> bool {
-        let in_doubt =
-            |s: &Arc<Source>| matches!(s.phase(), SourcePhase::InDoubt | SourcePhase::PostCopy);
-        self.source.engine.as_ref().is_some_and(in_doubt)
+        let dials = |s: &Arc<Source>| {
+            let in_doubt = matches!(s.phase(), SourcePhase::InDoubt | SourcePhase::PostCopy);
+            in_doubt || s.is_redialling()
+        };
+        self.source.engine.as_ref().is_some_and(dials)
             && !self.source.dialling
             && self.source.opening.is_none()
             && !self

@@ -192,6 +192,7 @@ impl World {
             Data::Page(version) => {
                 if let Some(container) = &mut self.destination.container {
                     if !container.waits {
+                        self.destination.arrived = true;
                         self.destination.received = version;
                         container.version = version;
                     } else if container.version == 0 {
@@ -215,7 +216,11 @@ impl World {
             }
             Data::RoundEnd(round, last) => {
                 if let Some(destination) = self.destination_engine() {
+                    let before = destination.rounds();
                     destination.handle_round(NOW, round, last);
+                    if destination.rounds() != before {
+                        self.destination.arrived = false;
+                    }
                 }
             }
             Data::Pushed => {

@@ -147,6 +147,8 @@ pub(super) struct DestinationHost {
     pub(super) state_arrived: bool,
     pub(super) state_sealed: bool,
     pub(super) received: u8,
+    /// The page has arrived since the last whole round.
+    pub(super) arrived: bool,
     /// How many times more resuming does not work: until it is given up, where that is still possible.
     pub(super) cannot_resume: u8,
 }
@@ -205,6 +207,7 @@ impl World {
                 state_arrived: false,
                 state_sealed: false,
                 received: 0,
+                arrived: false,
                 cannot_resume: 0,
             },
             connections: Vec::new(),
@@ -349,6 +352,7 @@ impl World {
             state_arrived,
             state_sealed,
             received,
+            arrived,
             cannot_resume,
         } = &self.destination;
         engine.is_some().hash(&mut hasher);
@@ -357,7 +361,7 @@ impl World {
         }
         (up, container, records, journal, jobs, recovery).hash(&mut hasher);
         (expecting, session, wishes, received).hash(&mut hasher);
-        (state_arrived, state_sealed).hash(&mut hasher);
+        (state_arrived, state_sealed, arrived).hash(&mut hasher);
         (cannot_resume, self.paused_version, self.ran_there).hash(&mut hasher);
         self.connections.len().hash(&mut hasher);
         for connection in &self.connections {
@@ -392,6 +396,10 @@ fn timing() -> Timing {
         switchover: Duration::ZERO,
         redial_min: Duration::ZERO,
         redial_max: Duration::ZERO,
+        // That it gives up is what an abort does, too.
+        redial: NEVER,
+        // To be told apart from zero, which is none at all.
+        rejoin: Duration::from_micros(1),
     }
 }
 

@@ -61,7 +61,7 @@ impl World {
                 self.destination_records.push(DestinationRecord::Activated);
             }
             Some(DestinationRecovery::Pull(_)) => {
-                let config = Self::destination_config();
+                let config = self.destination_config();
                 let (order, layout) = (self.order.clone(), self.layout.clone());
                 self.destination = Some(Destination::recover(self.time(), config, order, layout));
             }
@@ -155,6 +155,7 @@ impl World {
                     waits: false,
                 });
                 self.received_versions = vec![0; PAGES as usize];
+                self.received_now = PageSet::empty(&self.layout);
                 self.state_arrived = false;
                 self.state_sealed = false;
                 let post_copy = self.wishes != PostCopyUse::No && self.post_copy_possible;
@@ -270,6 +271,20 @@ impl World {
                 self.destination_jobs.push_back(ContainerJob::Reserve(op));
             }
             DestinationAction::ExpectStreams { op, .. } => self.expecting = Some(op),
+            DestinationAction::TellReceived => {
+                let mut received = self.received_now.clone();
+                if self.is(Mutation::ClaimMissingReceived) {
+                    received.insert(0, 0..PAGES);
+                }
+                if self.session_connection == self.destination_end {
+                    self.send_to_source(Message::Present(Present {
+                        region: 0,
+                        first_page: 0,
+                        bits: received.bits(0, 0, 64),
+                        last: true,
+                    }));
+                }
+            }
             DestinationAction::TellPresent => {
                 let mut present = PageSet::empty(&self.layout);
                 let copy = self.copies[1].iter();
@@ -304,9 +319,12 @@ impl World {
                 }
             }
             DestinationAction::Disconnect => {
-                let end = std::mem::take(&mut self.destination_end);
-                let delay = self.delay(30);
-                self.after(delay, Event::SourceLost(end));
+                // Not one that the source has made since, and has not asked on.
+                if self.destination_end == self.session_connection && self.destination_end != 0 {
+                    let end = std::mem::take(&mut self.destination_end);
+                    let delay = self.delay(30);
+                    self.after(delay, Event::SourceLost(end));
+                }
             }
             DestinationAction::SealDeviceState(_) => self.state_sealed = true,
             DestinationAction::LoadDeviceState { op, post_copy } => {

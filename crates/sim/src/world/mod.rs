@@ -69,6 +69,8 @@ pub struct Report {
     pub crashes: u32,
     /// Times that somebody on the path was noticed.
     pub noticed: u32,
+    /// Times that both came together again after their connection broke.
+    pub rejoined: u32,
     /// Virtual time in microseconds.
     pub time_us: u64,
     /// One line for each event, where asked for.
@@ -150,6 +152,9 @@ struct World {
     mutation: Option<Mutation>,
     strategy: Strategy,
     limits: Limits,
+    /// How long the source dials again, and times that this worked.
+    redial: Duration,
+    rejoined: u32,
     post_copy_possible: bool,
     /// Longest time between two writes of the guest.
     write_delay_ms: u64,
@@ -176,6 +181,8 @@ struct World {
     destination_busy: bool,
     destination_timer: u64,
     received_versions: Vec<u64>,
+    /// Pages that have arrived since the last whole round.
+    received_now: PageSet,
     state_arrived: bool,
     state_sealed: bool,
     wishes: PostCopyUse,
@@ -237,6 +244,7 @@ pub fn simulate(seed: u64, mutation: Option<Mutation>, tracing: bool) -> Result<
         doubted: world.doubted,
         crashes: world.crashes,
         noticed: world.noticed,
+        rejoined: world.rejoined,
         time_us: world.now,
         trace: std::mem::take(&mut world.trace),
     };
@@ -280,7 +288,15 @@ impl World {
         };
         // A pause that short makes the rounds count.
         let max_downtime = Duration::from_millis(if random.one_in(2) { 1 } else { 300 });
+        // Some are not patient enough for every outage, some not at all.
+        let redial = match random.below(8) {
+            0 => Duration::ZERO,
+            1 | 2 => Duration::from_secs(1),
+            _ => Timing::default().redial,
+        };
         Self {
+            redial,
+            rejoined: 0,
             strategy,
             limits: Limits {
                 max_rounds: 8,
@@ -295,6 +311,7 @@ impl World {
             queue: BinaryHeap::new(),
             events: Vec::with_capacity(1024),
             mutation,
+            received_now: PageSet::empty(&layout),
             layout,
             order,
             copies: [Some(running), None],
@@ -382,9 +399,12 @@ impl World {
         at - self.now
     }
 
-    fn timing() -> Timing {
+    fn timing(&self) -> Timing {
         Timing {
             silence: Duration::from_secs(3),
+            redial: self.redial,
+            // Also shorter than the source's patience.
+            rejoin: self.redial * 2 / 3,
             ..Timing::default()
         }
     }
@@ -395,14 +415,14 @@ impl World {
             strategy: self.strategy,
             limits: self.limits,
             layout: self.copies[0].is_some().then(|| self.layout.clone()),
-            timing: Self::timing(),
+            timing: self.timing(),
             software: "sim".to_owned(),
         }
     }
 
-    fn destination_config() -> DestinationConfig {
+    fn destination_config(&self) -> DestinationConfig {
         DestinationConfig {
-            timing: Self::timing(),
+            timing: self.timing(),
             software: "sim".to_owned(),
             stream_secret: StreamSecret([0; 32]),
             streams_max: 2,
@@ -709,7 +729,11 @@ impl World {
                 if connection == self.session_connection
                     && let Some(destination) = &mut self.destination
                 {
+                    let before = destination.rounds();
                     destination.handle_round(now, round, last);
+                    if destination.rounds() != before {
+                        self.received_now = PageSet::empty(&self.layout);
+                    }
                 }
             }
             Event::Stale(connection, pages) => self.stale(connection, &pages),

@@ -54,7 +54,7 @@ impl World {
         let Order { migration, vm, .. } = self.order;
         let reason = Reason::new("rogue", "nonsense");
         let stream_secret = StreamSecret([3; 32]);
-        match self.random.below(20) {
+        match self.random.below(21) {
             0 => Message::Commit(epoch),
             1 => Message::Running(epoch),
             2 => Message::Erased,
@@ -97,6 +97,13 @@ impl World {
             }),
             17 => Message::StreamsReady,
             18 => Message::Query(Query { migration, vm }),
+            19 => Message::Verdict(Verdict::Receiving(
+                Rejoin {
+                    streams: number as u16,
+                    stream_secret,
+                },
+                self.random.below(4) as u32,
+            )),
             _ => Message::HelloReply(HelloReply {
                 version: Some(number as u16),
                 features: Vec::new(),

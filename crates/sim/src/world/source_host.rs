@@ -185,6 +185,7 @@ impl World {
         }
         if let Some(source) = &self.source {
             self.doubted |= source.phase() == SourcePhase::InDoubt;
+            self.rejoined = self.rejoined.max(source.progress().rejoined);
             if let Some(at) = source.poll_timeout() {
                 let at = at.as_micros().max(self.now);
                 if at < self.source_timer {
@@ -202,8 +203,10 @@ impl World {
             SourceAction::Send(message) => self.send_to_destination(message),
             SourceAction::Disconnect => {
                 let end = std::mem::take(&mut self.source_end);
-                let delay = self.delay(30);
-                self.after(delay, Event::DestinationLost(end));
+                if end != 0 {
+                    let delay = self.delay(30);
+                    self.after(delay, Event::DestinationLost(end));
+                }
             }
             SourceAction::Journal(op, record) => {
                 if matches!(record, SourceRecord::Committed(_)) {
@@ -217,10 +220,14 @@ impl World {
                 let delay = self.disk_delay(0);
                 self.after(delay, Event::SourceJournal(life, op, record));
             }
-            SourceAction::OpenStreams { op, .. } | SourceAction::StartTracking(op) => {
+            SourceAction::StartTracking(op) => {
                 if let Some(copy) = &mut self.copies[0] {
                     copy.dirty = PageSet::empty(&self.layout);
                 }
+                let delay = self.delay(10);
+                self.after(delay, Event::SourceDone(life, op, Ok(SourceDone::Done)));
+            }
+            SourceAction::OpenStreams { op, .. } => {
                 // The destination sees its streams at about the same time.
                 self.streams_open();
                 let delay = self.delay(10);
@@ -308,6 +315,13 @@ impl World {
             SourceAction::Erase(op) => self.source_jobs.push_back(VmJob::Erase(op)),
             SourceAction::StopCopying => {}
             SourceAction::Finish(ending) => {
+                if let Ending::RunningOnSource(reason, _) = &ending
+                    && reason.code == "root-mismatch"
+                    && self.rogue.is_none()
+                    && !self.killed
+                {
+                    self.broken = Some("what arrived is not what was sent, and nobody lied");
+                }
                 self.ending = Some(ending);
                 self.source = None;
             }

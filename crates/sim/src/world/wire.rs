@@ -9,8 +9,40 @@ impl World {
         let (one, other) = (self.delay(30), self.delay(30));
         self.after(one, Event::SourceLost(source));
         self.after(other, Event::DestinationLost(destination));
-        // What is on its way is lost too.
+        // What is on its way is lost too, but for what lies in the destination's buffers already.
+        let late = if self.random.one_in(2) {
+            self.first_pages()
+        } else {
+            Vec::new()
+        };
         self.lose_in_flight();
+        let mut delay = 0;
+        for pages in late {
+            delay += self.delay(1500);
+            self.after(delay, pages);
+        }
+    }
+
+    /// The first pages on their way: they arrive late, where whoever reads them from a broken stream is slow.
+    fn first_pages(&mut self) -> Vec<Event> {
+        let mut left = 1 + self.random.below(3);
+        let mut taken = Vec::new();
+        for index in self.events.len().saturating_sub(64)..self.events.len() {
+            match &self.events[index] {
+                Some(Event::Pages(..)) if left > 0 => left -= 1,
+                // Nothing overtakes it.
+                Some(
+                    Event::RoundEnd(..)
+                    | Event::Drained(..)
+                    | Event::Stale(..)
+                    | Event::Pushed(_)
+                    | Event::State(_),
+                ) => break,
+                _ => continue,
+            }
+            taken.extend(self.events[index].take());
+        }
+        taken
     }
 
     pub(super) fn lose_in_flight(&mut self) {
@@ -176,7 +208,7 @@ impl World {
             }
             Message::Offer(offer) if !self.offered => {
                 self.offered = true;
-                let mut engine = Destination::new(now, Self::destination_config());
+                let mut engine = Destination::new(now, self.destination_config());
                 engine.handle_message(
                     now,
                     Message::Hello(palanquin_engine::message::Hello::ours("sim")),
@@ -219,11 +251,15 @@ impl World {
     }
 
     pub(super) fn pages(&mut self, connection: u32, pages: &[(u64, u64)], direct: bool) {
-        if connection != self.session_connection || self.destination.is_none() {
+        let old = connection != self.session_connection && !self.is(Mutation::OldStreamsAccepted);
+        if old || self.destination.is_none() {
             return;
         }
         if let Some(copy) = &mut self.copies[1] {
             for &(page, version) in pages {
+                if direct {
+                    self.received_now.insert(0, page..page + 1);
+                }
                 let page = page as usize;
                 if direct {
                     copy.memory[page] = version;

@@ -1,0 +1,93 @@
+//! The connection broke while pages arrived: they are kept for a while, and only the source that sends them may go on.
+
+use super::{Destination, DestinationAction, Load, State};
+use crate::ids::StreamSecret;
+use crate::message::{Message, Reason, Rejoin, Verdict};
+use crate::time::{Liveness, Time};
+
+impl Destination {
+    /// Whether the source may go on here on another connection. Not from the pause on: it turns back then.
+    pub(super) fn may_rejoin(&self) -> bool {
+        let copies = matches!(
+            self.state,
+            State::Receiving {
+                drained: None,
+                seal: None,
+                ..
+            } | State::AwaitRejoin { .. }
+                | State::Reopening { .. }
+        );
+        copies && !self.config.timing.rejoin.is_zero()
+    }
+
+    /// Whether it waits for its source to come back.
+    pub fn is_waiting_for_source(&self) -> bool {
+        matches!(
+            self.state,
+            State::AwaitRejoin { .. } | State::Reopening { .. }
+        )
+    }
+
+    fn kept_until(&self, now: Time) -> Time {
+        match self.state {
+            State::AwaitRejoin { until } | State::Reopening { until, .. } => until,
+            _ => now + self.config.timing.rejoin,
+        }
+    }
+
+    pub(super) fn await_rejoin(&mut self, now: Time, reason: Reason) {
+        let until = self.kept_until(now);
+        self.live = None;
+        self.reason = Some(reason);
+        self.deadline = Some(until);
+        self.state = State::AwaitRejoin { until };
+        self.actions.push_back(DestinationAction::Disconnect);
+    }
+
+    /// The source has come back.
+    pub(super) fn reopen(&mut self, now: Time, secret: StreamSecret) {
+        let Some(layout) = self.layout.clone() else {
+            return;
+        };
+        let until = self.kept_until(now);
+        let (op, streams) = (self.op(), self.streams);
+        self.live = Some(Liveness::new(now, self.config.timing.silence));
+        self.deadline = Some((now + self.config.timing.handshake).min(until));
+        self.state = State::Reopening { op, until };
+        self.actions.push_back(DestinationAction::ExpectStreams {
+            op,
+            streams,
+            urgent: self.post_copy_ready,
+            secret,
+            layout,
+        });
+        let rejoin = Rejoin {
+            streams,
+            stream_secret: secret,
+        };
+        let verdict = Verdict::Receiving(rejoin, self.rounds);
+        self.send(now, Message::Verdict(verdict));
+    }
+
+    /// All streams are open.
+    pub(super) fn receive(&mut self, now: Time) {
+        self.deadline = None;
+        self.reason = None;
+        self.state = State::Receiving {
+            drained: None,
+            load: Load::NotYet,
+            last: None,
+            seal: None,
+        };
+        self.send(now, Message::StreamsReady);
+    }
+
+    /// Why a migration ends whose source did not come back.
+    pub(super) fn not_back(&self) -> Reason {
+        let last = self.reason_or_unknown();
+        Reason::new(
+            "connection-lost",
+            format!("the connection was lost, and the source did not come back in time: {last}"),
+        )
+    }
+}

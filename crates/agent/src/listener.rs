@@ -19,7 +19,6 @@ use palanquin_engine::message::{
 };
 use palanquin_engine::order::{Order, OrderError};
 use palanquin_engine::pages::PAGE_BYTES;
-use palanquin_engine::time::Timing;
 use palanquin_engine::{Destination, DestinationConfig, DestinationRecord, Message};
 use rustls::Connection;
 use tracing::{debug, info, warn};

@@ -97,8 +97,11 @@ impl Predictor {
     /// Whether what is left fits into the pause that was asked for. A pause shorter than the overhead cannot be had:
     /// then the least is what is aimed at.
     pub fn fits(&self, limits: &Limits, remaining_bytes: u64) -> bool {
-        self.time_for(remaining_bytes)
-            .is_some_and(|time| time <= NEGLIGIBLE || time + OVERHEAD <= limits.max_downtime)
+        // Nothing takes no time, also where no round could be measured because the connection broke in each.
+        remaining_bytes == 0
+            || self
+                .time_for(remaining_bytes)
+                .is_some_and(|time| time <= NEGLIGIBLE || time + OVERHEAD <= limits.max_downtime)
     }
 
     /// Bytes that move within the pause that was asked for; 0 before the first round.
@@ -130,6 +133,7 @@ mod tests {
         let mut predictor = Predictor::default();
         let limits = Limits::default();
         assert!(!predictor.fits(&limits, 4096));
+        assert!(predictor.fits(&limits, 0));
         predictor.round(1 << 30, SECOND, 100);
         assert!(predictor.fits(&limits, 100 * 4096));
         assert!(!predictor.fits(&limits, 1 << 29));

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use palanquin_engine::Message;
 use palanquin_engine::message::{Hello, Query, Reason, Verdict};
 use palanquin_engine::order::Order;
-use palanquin_engine::Message;
 use tracing::{debug, warn};
 
 use crate::agent::Agent;
@@ -64,10 +64,7 @@ fn say(channel: &Channel, order: &Order, reason: &Reason) -> Result<(), ChannelE
         migration: order.migration,
         vm: order.vm,
     }))?;
-    if !matches!(
-        channel.receive()?,
-        Message::Verdict(Verdict::Receiving(..))
-    ) {
+    if !matches!(channel.receive()?, Message::Verdict(Verdict::Receiving(..))) {
         // It waits for nobody.
         return Ok(());
     }

@@ -77,10 +77,7 @@ mod tests {
             index: 0,
             mask: [0b101, 0, 0, 0],
         });
-        received.mark(&Block {
-            region: 7,
-            ..block
-        });
+        received.mark(&Block { region: 7, ..block });
         let pages = received.pages();
         assert_eq!(pages.len(), 4);
         for (region, page) in [(0, 512), (0, 599), (1, 0), (1, 2)] {

@@ -306,6 +306,16 @@ impl Source {
         self.go_on(now);
     }
 
+    /// These pages were counted as sent and are sent again, but have not arrived: only once counts.
+    fn not_resent(&mut self, missing: &PageSet) {
+        if self.progress.rounds > 1 {
+            let counted = &mut self.progress.pages_resent;
+            *counted = counted.saturating_sub(missing.len());
+        } else if let Some(touched) = &mut self.touched {
+            touched.subtract(missing);
+        }
+    }
+
     /// Goes on where everything is ready.
     pub(super) fn go_on(&mut self, now: Time) {
         let State::Redialling(redialling) = &self.state else {
@@ -337,7 +347,8 @@ impl Source {
         self.arrived_before = so_far;
         if self.stalled > STALLED_MAX {
             let last = self.reason_or_unknown();
-            let what = format!("the connection breaks again and again before anything arrives: {last}");
+            let what =
+                format!("the connection breaks again and again before anything arrives: {last}");
             return self.abort(now, Reason::new("connection-lost", what));
         }
         let State::Redialling(redialling) = std::mem::replace(&mut self.state, State::Calm) else {
@@ -363,11 +374,15 @@ impl Source {
                 self.round_acknowledged = rounds;
                 self.collect(false);
             }
-            Interrupted::Round { mut given, mut rest } => {
+            Interrupted::Round {
+                mut given,
+                mut rest,
+            } => {
                 let mut missing = given.clone();
                 missing.subtract(&arrived);
                 given.subtract(&missing);
                 rest.union(&missing);
+                self.not_resent(&missing);
                 self.progress.round_left(rest.len());
                 self.mark = now;
                 self.round_sent_pages = 0;

@@ -53,7 +53,9 @@ impl Source {
         if rounds > 0 {
             if !interrupted {
                 let elapsed = now - self.mark;
-                self.progress.predictor.round(sent_bytes, elapsed, pages.len());
+                self.progress
+                    .predictor
+                    .round(sent_bytes, elapsed, pages.len());
             }
             self.progress.predicted_downtime =
                 self.progress.predictor.predicted_downtime(left.bytes());

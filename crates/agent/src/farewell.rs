@@ -29,7 +29,8 @@ pub fn begin(agent: &Arc<Agent>, order: &Order, reason: Option<Reason>) {
         .spawn(move || {
             let end = Instant::now() + agent.timing().rejoin;
             while !tell(&agent, &order, &reason) && Instant::now() < end {
-                thread::sleep(PAUSE);
+                // Nobody wakes it: there is no event that says that a link is back.
+                thread::park_timeout(PAUSE);
             }
         });
     if let Err(error) = started {

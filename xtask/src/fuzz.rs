@@ -92,8 +92,10 @@ pub(crate) fn fuzz(wish: &Wish) -> Result<()> {
     );
     let (waiting, failed) = (Mutex::new(targets.into_iter()), Mutex::new(Vec::new()));
     // A target has one thread, so each processor takes the next that waits.
+    // By a function of its own: the lock is not held while the target runs.
+    let next = || held(&waiting).next();
     let processor = || {
-        while let Some(target) = held(&waiting).next() {
+        while let Some(target) = next() {
             match run(&program, target, wish) {
                 Ok(line) => println!("{line}"),
                 Err(error) => {

@@ -1,40 +1,22 @@
 //! A destination that takes the commit, stays connected and never says what became of it.
 #![forbid(unsafe_code)]
 
+mod common;
+
 use std::time::Duration;
 
 use palanquin_engine::convergence::Limits;
 use palanquin_engine::ids::{Sha256, StreamSecret};
-use palanquin_engine::message::{Accepted, Hello, HelloReply, Message, Offer, Verdict};
+use palanquin_engine::message::{Accepted, Hello, HelloReply, Message, Verdict};
 use palanquin_engine::source::{SourceDone, SourcePhase};
-use palanquin_engine::strategy::{PostCopyUse, Strategy};
+use palanquin_engine::strategy::Strategy;
 use palanquin_engine::time::Timing;
-use palanquin_engine::{
-    Epoch, MigrationId, Order, PageSet, RamLayout, Root, Source, SourceAction, SourceConfig, Time,
-    VmId,
-};
+use palanquin_engine::{PageSet, RamLayout, Root, Source, SourceAction, SourceConfig, Time};
 
 fn begin() -> Source {
-    let order = Order {
-        migration: MigrationId([1; 16]),
-        vm: VmId([2; 16]),
-        vm_name: "vm".to_owned(),
-        epoch: Epoch(1),
-        source: "a".to_owned(),
-        destination: "b".to_owned(),
-        expires_unix_s: 100,
-        run: true,
-    };
-    let offer = Offer {
-        order: order.clone(),
-        descriptor: Vec::new(),
-        region_pages: vec![1],
-        streams: 1,
-        digest_seed: 0,
-        post_copy: PostCopyUse::No,
-    };
+    let offer = common::offer(1, 1);
     let config = SourceConfig {
-        order,
+        order: offer.order.clone(),
         strategy: Strategy::StopAndCopy,
         limits: Limits::default(),
         timing: Timing::default(),

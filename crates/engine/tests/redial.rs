@@ -1,19 +1,19 @@
 //! A source whose connection breaks while it copies, and what it does with a destination that comes back.
 #![forbid(unsafe_code)]
 
+mod common;
+
 use std::time::Duration;
 
 use palanquin_engine::convergence::Limits;
 use palanquin_engine::ids::StreamSecret;
 use palanquin_engine::message::{
-    Accepted, Hello, HelloReply, Message, Offer, Present, Reason, Rejoin, Verdict,
+    Accepted, Hello, HelloReply, Message, Present, Reason, Rejoin, Verdict,
 };
 use palanquin_engine::source::{AbortDisposition, Op, RoundMark, SourceDone, SourcePhase};
-use palanquin_engine::strategy::{PostCopyUse, Strategy};
+use palanquin_engine::strategy::Strategy;
 use palanquin_engine::time::Timing;
-use palanquin_engine::{
-    Epoch, MigrationId, Order, PageSet, RamLayout, Source, SourceAction, SourceConfig, Time, VmId,
-};
+use palanquin_engine::{PageSet, RamLayout, Source, SourceAction, SourceConfig, Time};
 
 const PAGES: u64 = 128;
 
@@ -44,26 +44,9 @@ fn pages(range: std::ops::Range<u64>) -> PageSet {
 impl Play {
     /// Until the first round, which has all pages, was given to the streams.
     fn begin() -> Self {
-        let order = Order {
-            migration: MigrationId([1; 16]),
-            vm: VmId([2; 16]),
-            vm_name: "vm".to_owned(),
-            epoch: Epoch(1),
-            source: "a".to_owned(),
-            destination: "b".to_owned(),
-            expires_unix_s: 100,
-            run: true,
-        };
-        let offer = Offer {
-            order: order.clone(),
-            descriptor: Vec::new(),
-            region_pages: vec![PAGES],
-            streams: 1,
-            digest_seed: 0,
-            post_copy: PostCopyUse::No,
-        };
+        let offer = common::offer(PAGES, 1);
         let config = SourceConfig {
-            order,
+            order: offer.order.clone(),
             strategy: Strategy::PreCopy,
             limits: Limits::default(),
             timing: Timing::default(),

@@ -1,6 +1,8 @@
 //! Strategies against each other: the real source, in virtual time, over guests that write more or less.
 #![forbid(unsafe_code)]
 
+#[path = "../common/mod.rs"]
+mod common;
 mod guest;
 mod world;
 

@@ -5,9 +5,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use palanquin_engine::convergence::Limits;
-use palanquin_engine::ids::{Epoch, MigrationId, Root, Sha256, StreamSecret, VmId};
-use palanquin_engine::message::{Accepted, HelloReply, Message, Offer};
-use palanquin_engine::order::Order;
+use palanquin_engine::ids::{Root, Sha256, StreamSecret};
+use palanquin_engine::message::{Accepted, HelloReply, Message};
 use palanquin_engine::source::{Ending, Op, RoundMark, SourceDone};
 use palanquin_engine::strategy::{PostCopyUse, Strategy};
 use palanquin_engine::time::Timing;
@@ -73,26 +72,9 @@ struct World {
 
 /// Plays a migration.
 pub(crate) fn migrate(setting: Setting, load: Workload) -> Outcome {
-    let order = Order {
-        migration: MigrationId([1; 16]),
-        vm: VmId([2; 16]),
-        vm_name: "vm".to_owned(),
-        epoch: Epoch(1),
-        source: "a".to_owned(),
-        destination: "b".to_owned(),
-        expires_unix_s: 100,
-        run: true,
-    };
-    let offer = Offer {
-        order: order.clone(),
-        descriptor: Vec::new(),
-        region_pages: vec![PAGES],
-        streams: 2,
-        digest_seed: 0,
-        post_copy: PostCopyUse::No,
-    };
+    let offer = crate::common::offer(PAGES, 2);
     let config = SourceConfig {
-        order,
+        order: offer.order.clone(),
         strategy: setting.strategy,
         limits: setting.limits,
         timing: Timing::default(),

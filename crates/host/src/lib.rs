@@ -13,9 +13,13 @@ pub mod facts;
 pub mod fuzzing;
 mod process;
 pub mod qemu;
+mod ram_file;
+pub mod shared;
 mod sys;
 mod throttle;
+pub mod users;
 pub mod vm;
 mod wait;
 
 pub use error::Error;
+pub use sys::session::inherit_nothing;

@@ -1,7 +1,9 @@
 //! A process that can't be mistaken for another: a pidfd, checked against its start time.
 
 use std::fs;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Child, ExitStatus};
 use std::time::Duration;
 
 use rustix::process::{
@@ -74,6 +76,19 @@ impl Process {
     }
 }
 
+/// Waits until a child has ended, and ends it by force when the time is up; nothing then.
+pub(crate) fn wait_child(child: &mut Child, timeout: Duration) -> io::Result<Option<ExitStatus>> {
+    // Nobody else reaps it, so its ID is its own until we have waited for it.
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+    let pid = pid.ok_or(io::ErrorKind::InvalidInput)?;
+    let ended = pidfd_open(pid, PidfdFlags::empty()).map(|fd| readable(&fd, timeout));
+    if matches!(ended, Ok(true)) {
+        return child.wait().map(Some);
+    }
+    child.kill()?;
+    child.wait().map(|_| None)
+}
+
 /// Field 22 of `/proc/PID/stat`, see proc_pid_stat(5).
 fn start_ticks(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -104,6 +119,25 @@ mod tests {
             Ok(process) => assert!(process.has_ended(Duration::from_secs(5))),
             Err(error) => assert!(error.is_process_gone()),
         }
+    }
+
+    #[test]
+    fn a_child_is_waited_for_whether_it_has_ended_already_or_never_does() {
+        let mut child = std::process::Command::new("false").spawn().unwrap();
+        assert!(readable(pidfd(&child), Duration::from_secs(5)));
+        let status = wait_child(&mut child, Duration::from_secs(5)).unwrap();
+        assert_eq!(status.and_then(|status| status.code()), Some(1));
+        let mut child = std::process::Command::new("sleep")
+            .arg("1000")
+            .spawn()
+            .unwrap();
+        let status = wait_child(&mut child, Duration::from_millis(10)).unwrap();
+        assert_eq!(status, None);
+    }
+
+    fn pidfd(child: &Child) -> OwnedFd {
+        let pid = Pid::from_raw(child.id().try_into().unwrap()).unwrap();
+        pidfd_open(pid, PidfdFlags::empty()).unwrap()
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 use std::io::{Read, Write};
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +24,37 @@ pub struct Region {
     pub name: String,
     /// Bytes; a multiple of [`PAGE_SIZE`].
     pub size_bytes: u64,
+}
+
+/// What another process may do with guest RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// Read it.
+    Read,
+    /// Read and write it.
+    ReadWrite,
+}
+
+/// A part of a region where a process has it mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Address in that process.
+    pub address: u64,
+    /// Offset in the region.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// What it takes to see accesses to missing pages, and to place those.
+#[derive(Debug)]
+pub struct SharedFaults {
+    /// A userfaultfd(2) of the hypervisor.
+    pub uffd: OwnedFd,
+    /// Process ID of the hypervisor, for messages.
+    pub pid: u32,
+    /// Where each region is mapped in it.
+    pub windows: Vec<Vec<Window>>,
 }
 
 /// Guest RAM, seen from outside the hypervisor.
@@ -45,6 +77,11 @@ pub trait GuestRam: Send + Sync {
     /// Makes the range read as zeros and gives its memory back; an error if the kernel keeps a part of it (of a huge
     /// page that can't be split), which then is not missing. Not for a range that the guest writes meanwhile.
     fn discard(&self, region: usize, range: Range<u64>) -> Result<(), Error>;
+
+    /// Descriptors of all regions for another process, see [`crate::shared::SharedRam`].
+    fn share(&self, _: Sharing) -> Result<Vec<OwnedFd>, Error> {
+        Err(Error::Ram("this memory cannot be shared".to_owned()))
+    }
 }
 
 /// Finds the pages written since the last collection. Dropping it ends the tracking.
@@ -89,6 +126,12 @@ pub trait MissingPages: Send + Sync {
 
     /// Ends it and wakes everybody: what has not been placed reads as zeros from now on. Idempotent.
     fn finish(&self) -> Result<(), Error>;
+
+    /// For another process, see [`crate::shared::SharedMissing`]. Accesses that were named before, and still wait, are
+    /// named again: to whoever asks first.
+    fn share(&self) -> Result<SharedFaults, Error> {
+        Err(Error::Ram("these accesses cannot be shared".to_owned()))
+    }
 }
 
 /// Holds the virtual CPUs back from outside, so that the guest writes less. Dropping it lifts the limit.
@@ -335,6 +378,11 @@ pub trait Hypervisor: Send + Sync {
     /// Ends whatever hypervisor was started in this directory and is not known by a handle: one that was started
     /// just before the agent died.
     fn sweep(&self, vm_dir: &Path) -> Result<(), Error>;
+
+    /// What hypervisors that are started from now on may do and should not, one sentence each.
+    fn unconfined(&self) -> Vec<String> {
+        Vec::new()
+    }
 
     /// Version of the hypervisor.
     fn version(&self) -> Result<String, Error>;

@@ -18,13 +18,13 @@ use rustix::io::Errno;
 use rustix::process::{ForeignRawFd, PidfdGetfdFlags, pidfd_getfd};
 
 use super::qmp::Monitor;
-use super::ram::{Mapping, QemuRam};
+use super::ram::QemuRam;
 use super::record;
 use crate::Error;
 use crate::process::Process;
 use crate::sys::inject::{self, Stopped};
 use crate::sys::uffd::{self, Contents, Mode};
-use crate::vm::{GuestRam, MissingPages, PAGE_SIZE};
+use crate::vm::{GuestRam, MissingPages, PAGE_SIZE, SharedFaults, Window};
 use crate::wait::any_readable;
 
 /// Size of a `struct uffd_msg`.
@@ -45,9 +45,7 @@ pub(super) struct QemuMissing {
     process: Arc<Process>,
     ram: Arc<QemuRam>,
     vm_dir: PathBuf,
-    uffd: OwnedFd,
-    /// Of each region.
-    mappings: Vec<Vec<Mapping>>,
+    placer: Placer,
     is_finished: Mutex<bool>,
 }
 
@@ -75,16 +73,20 @@ impl QemuMissing {
                 register_all(uffd, ram).inspect_err(|_| unregister_all(uffd, ram))
             })?
         };
-        let mut mappings = vec![Vec::new(); ram.regions().len()];
+        let mut windows = vec![Vec::new(); ram.regions().len()];
         for (region, mapping) in ram.mappings() {
-            mappings[region].push(mapping.clone());
+            windows[region].push(mapping.window());
         }
         Ok(Self {
             process: Arc::clone(process),
             ram: Arc::clone(ram),
             vm_dir: vm_dir.to_owned(),
-            uffd,
-            mappings,
+            placer: Placer {
+                uffd,
+                pid: process.pid(),
+                process: Some(Arc::clone(process)),
+                windows,
+            },
             is_finished: Mutex::new(false),
         })
     }
@@ -102,24 +104,123 @@ impl QemuMissing {
         unregister_all(&uffd, ram);
         registered
     }
+}
+
+/// Sees accesses to missing pages, and places those.
+#[derive(Debug)]
+pub(crate) struct Placer {
+    uffd: OwnedFd,
+    pid: u32,
+    /// Where we may look at it.
+    process: Option<Arc<Process>>,
+    /// Of each region.
+    windows: Vec<Vec<Window>>,
+}
+
+impl Placer {
+    /// For a process that knows the hypervisor only from what it was given.
+    pub(crate) fn shared(faults: SharedFaults) -> Self {
+        let SharedFaults { uffd, pid, windows } = faults;
+        Self {
+            uffd,
+            pid,
+            process: None,
+            windows,
+        }
+    }
+
+    /// Waits; true if the hypervisor is known to have ended.
+    fn has_ended(&self, timeout: Duration) -> bool {
+        if let Some(process) = &self.process {
+            return process.has_ended(timeout);
+        }
+        // Nobody wakes this poll: a pause.
+        let _: [bool; 0] = any_readable([], timeout);
+        false
+    }
+
+    fn gone(&self) -> Error {
+        Error::ProcessGone { pid: self.pid }
+    }
+
+    /// Region and page of an address in the process.
+    fn page(&self, address: u64) -> Result<(usize, u64), Error> {
+        let windows = self.windows.iter().enumerate();
+        let mut all = windows.flat_map(|(region, list)| list.iter().map(move |w| (region, w)));
+        let within = |w: &Window| address.checked_sub(w.address).filter(|at| *at < w.len);
+        let found = all.find_map(|(region, w)| Some((region, (within(w)? + w.offset) / PAGE_SIZE)));
+        found.ok_or_else(|| Error::Ram(format!("an access to {address:#x}, which is no guest RAM")))
+    }
+
+    /// See [`MissingPages::wait_faults`].
+    pub(crate) fn wait_faults(
+        &self,
+        timeout: Duration,
+        sink: &mut dyn FnMut(usize, u64),
+    ) -> Result<(), Error> {
+        let deadline = Instant::now() + timeout;
+        let mut buffer = [0; MESSAGE_LEN * MESSAGES];
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let process = self.process.as_ref().map(|process| process.fd().as_fd());
+            let uffd = self.uffd.as_fd();
+            match any_readable([uffd, process.unwrap_or(uffd)], left) {
+                [_, true] if process.is_some() => return Err(self.gone()),
+                [false, _] => return Ok(()),
+                [true, _] => {}
+            }
+            let count = match rustix::io::read(&self.uffd, &mut buffer) {
+                Ok(count) => count,
+                // Another thread was faster, or the access was given up.
+                Err(Errno::AGAIN | Errno::INTR) if Instant::now() < deadline => continue,
+                Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
+                Err(errno) => return Err(Error::call("read(userfaultfd)")(errno)),
+            };
+            let mut named = false;
+            for address in buffer[..count].chunks_exact(MESSAGE_LEN).filter_map(parse) {
+                let (region, page) = self.page(address)?;
+                sink(region, page);
+                named = true;
+            }
+            if named {
+                return Ok(());
+            }
+        }
+    }
+
+    /// See [`MissingPages::place`].
+    pub(crate) fn place(&self, region: usize, page: u64, bytes: &[u8]) -> Result<u64, Error> {
+        self.place_all(
+            region,
+            page.saturating_mul(PAGE_SIZE),
+            Contents::Bytes(bytes),
+        )
+    }
+
+    /// See [`MissingPages::place_zero`].
+    pub(crate) fn place_zero(&self, region: usize, pages: Range<u64>) -> Result<u64, Error> {
+        let len = pages.end.saturating_sub(pages.start);
+        self.place_all(
+            region,
+            pages.start.saturating_mul(PAGE_SIZE),
+            Contents::Zeros(len.saturating_mul(PAGE_SIZE)),
+        )
+    }
 
     fn place_all(&self, region: usize, offset: u64, contents: Contents<'_>) -> Result<u64, Error> {
         let len = match contents {
             Contents::Bytes(bytes) => bytes.len() as u64,
             Contents::Zeros(len) => len,
         };
-        let size = self.ram.regions().get(region).map(|r| r.size_bytes);
-        let end = offset.checked_add(len);
-        let (Some(size), Some(end)) = (size, end) else {
+        let (Some(windows), Some(end)) = (self.windows.get(region), offset.checked_add(len)) else {
             return Err(Error::Ram("a page outside the regions".to_owned()));
         };
-        if end > size || !offset.is_multiple_of(PAGE_SIZE) || !len.is_multiple_of(PAGE_SIZE) {
-            return Err(Error::Ram("no whole pages within the region".to_owned()));
+        if !offset.is_multiple_of(PAGE_SIZE) || !len.is_multiple_of(PAGE_SIZE) {
+            return Err(Error::Ram("no whole pages".to_owned()));
         }
-        let mappings = &self.mappings[region];
         let (mut at, mut placed) = (offset, 0);
         while at < end {
-            let here = mappings
+            let here = windows
                 .iter()
                 .find(|m| m.offset <= at && at - m.offset < m.len)
                 .ok_or_else(|| Error::Ram(format!("{at:#x} of region {region} is not mapped")))?;
@@ -132,7 +233,7 @@ impl QemuMissing {
                 Contents::Zeros(_) => Contents::Zeros(piece),
             };
             placed += self.place_piece(here.address + (at - here.offset), contents, piece)?;
-            for other in mappings.iter().filter(|m| !std::ptr::eq(*m, here)) {
+            for other in windows.iter().filter(|m| !std::ptr::eq(*m, here)) {
                 let from = other.offset.max(at);
                 let to = (other.offset + other.len).min(at + piece);
                 if from < to {
@@ -166,7 +267,7 @@ impl QemuMissing {
                     done += PAGE_SIZE;
                 }
                 Err(Errno::AGAIN) if Instant::now() < deadline => {
-                    if self.process.has_ended(Duration::from_millis(1)) {
+                    if self.has_ended(Duration::from_millis(1)) {
                         return Err(self.gone());
                     }
                 }
@@ -177,23 +278,6 @@ impl QemuMissing {
         }
         Ok(placed)
     }
-
-    fn gone(&self) -> Error {
-        Error::ProcessGone {
-            pid: self.process.pid(),
-        }
-    }
-
-    /// Region and page of an address in the process.
-    fn page(&self, address: u64) -> Result<(usize, u64), Error> {
-        let found = self
-            .ram
-            .mappings()
-            .find(|(_, m)| m.range().contains(&address));
-        found
-            .map(|(region, m)| (region, (address - m.address + m.offset) / PAGE_SIZE))
-            .ok_or_else(|| Error::Ram(format!("an access to {address:#x}, which is no guest RAM")))
-    }
 }
 
 impl MissingPages for QemuMissing {
@@ -202,50 +286,28 @@ impl MissingPages for QemuMissing {
         timeout: Duration,
         sink: &mut dyn FnMut(usize, u64),
     ) -> Result<(), Error> {
-        let deadline = Instant::now() + timeout;
-        let mut buffer = [0; MESSAGE_LEN * MESSAGES];
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let fds = [self.uffd.as_fd(), self.process.fd().as_fd()];
-            match any_readable(fds, left) {
-                [_, true] => return Err(self.gone()),
-                [false, _] => return Ok(()),
-                [true, _] => {}
-            }
-            let count = match rustix::io::read(&self.uffd, &mut buffer) {
-                Ok(count) => count,
-                // Another thread was faster, or the access was given up.
-                Err(Errno::AGAIN | Errno::INTR) if Instant::now() < deadline => continue,
-                Err(Errno::AGAIN | Errno::INTR) => return Ok(()),
-                Err(errno) => return Err(Error::call("read(userfaultfd)")(errno)),
-            };
-            let mut named = false;
-            for address in buffer[..count].chunks_exact(MESSAGE_LEN).filter_map(parse) {
-                let (region, page) = self.page(address)?;
-                sink(region, page);
-                named = true;
-            }
-            if named {
-                return Ok(());
-            }
-        }
+        self.placer.wait_faults(timeout, sink)
     }
 
     fn place(&self, region: usize, page: u64, bytes: &[u8]) -> Result<u64, Error> {
-        self.place_all(
-            region,
-            page.saturating_mul(PAGE_SIZE),
-            Contents::Bytes(bytes),
-        )
+        self.placer.place(region, page, bytes)
     }
 
     fn place_zero(&self, region: usize, pages: Range<u64>) -> Result<u64, Error> {
-        let len = pages.end.saturating_sub(pages.start);
-        self.place_all(
-            region,
-            pages.start.saturating_mul(PAGE_SIZE),
-            Contents::Zeros(len.saturating_mul(PAGE_SIZE)),
-        )
+        self.placer.place_zero(region, pages)
+    }
+
+    fn share(&self) -> Result<SharedFaults, Error> {
+        let uffd = self.placer.uffd.try_clone();
+        let shared = SharedFaults {
+            uffd: uffd.map_err(Error::io("copying a userfaultfd"))?,
+            pid: self.process.pid(),
+            windows: self.placer.windows.clone(),
+        };
+        for (_, mapping) in self.ram.mappings() {
+            uffd::wake(&self.placer.uffd, &mapping.range())?;
+        }
+        Ok(shared)
     }
 
     fn finish(&self) -> Result<(), Error> {
@@ -257,9 +319,9 @@ impl MissingPages for QemuMissing {
             return Ok(());
         }
         for (_, mapping) in self.ram.mappings() {
-            uffd::unregister(&self.uffd, &mapping.range()).map_err(|error| {
+            uffd::unregister(&self.placer.uffd, &mapping.range()).map_err(|error| {
                 if self.process.has_ended(Duration::ZERO) {
-                    self.gone()
+                    self.placer.gone()
                 } else {
                     error
                 }

@@ -2,6 +2,7 @@
 
 mod allowed;
 mod command_line;
+mod confinement;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
 mod missing;
@@ -22,11 +23,15 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use self::confinement::Confinement;
+pub(crate) use self::missing::Placer;
+
 use self::command_line::VM_DIR;
 use self::vm::QemuVm;
 use crate::Error;
 use crate::facts;
-use crate::process::{Process, boot_id};
+use crate::process::{Process, boot_id, wait_child};
+use crate::sys::session;
 use crate::throttle;
 use crate::vm::{
     Descriptor, GuestRam, Handle, Hypervisor, Machine, Obstacle, PAGE_SIZE, PrepareError, RunState,
@@ -53,6 +58,7 @@ const OVERHEAD_BYTES: u64 = 64 << 20;
 pub struct Qemu {
     binary: PathBuf,
     allowed_paths: Vec<PathBuf>,
+    confinement: Confinement,
 }
 
 impl Qemu {
@@ -61,7 +67,15 @@ impl Qemu {
         Self {
             binary,
             allowed_paths,
+            confinement: Confinement::default(),
         }
+    }
+
+    /// What those that are started from now on may not do.
+    #[must_use]
+    pub fn confined(mut self, confinement: Confinement) -> Self {
+        self.confinement = confinement;
+        self
     }
 
     fn start(&self, arguments: &[String], vm_dir: &Path, incoming: bool) -> Result<QemuVm, Error> {
@@ -80,13 +94,18 @@ impl Qemu {
                     .iter()
                     .map(|argument| argument.replace(VM_DIR, &dir)),
             )
+            .args(
+                self.confinement
+                    .options(&self.version().unwrap_or_default()),
+            )
             .arg("-qmp")
             .arg(monitor_argument(&qmp));
         if incoming {
             command.args(["-incoming", "defer", "-S"]);
         }
         // The VM outlives the agent.
-        let child = crate::sys::session::detach(&mut command)
+        session::inherit_nothing(session::renounce(session::detach(&mut command)));
+        let child = command
             .stdin(Stdio::null())
             .stdout(log.try_clone().map_err(Error::io("making QEMU's log"))?)
             .stderr(log)
@@ -127,10 +146,9 @@ impl Qemu {
             .stderr(Stdio::null())
             .spawn()
             .map_err(Error::io(action.clone()))?;
-        let process = Process::open(child.id())?;
         // Its answers are smaller than a pipe.
-        if !process.has_ended(ASK_TIMEOUT) {
-            process.kill(KILL_TIMEOUT);
+        let ended = wait_child(&mut child, ASK_TIMEOUT).map_err(Error::io(action.clone()))?;
+        if ended.is_none() {
             return Err(Error::Timeout("asking QEMU about itself"));
         }
         let mut text = Vec::new();
@@ -202,6 +220,11 @@ fn major_minor(version: &str) -> Option<(u32, u32)> {
 impl Hypervisor for Qemu {
     fn spawn(&self, machine: &Machine, vm_dir: &Path) -> Result<Arc<dyn Vm>, Error> {
         let arguments = command_line::arguments(machine);
+        if let Some(obstacle) = self.confinement.disks(&arguments)?.first() {
+            return Err(Error::Start {
+                log: format!("{} {}", obstacle.message, obstacle.remedy),
+            });
+        }
         Ok(Arc::new(self.start(&arguments, vm_dir, false)?))
     }
 
@@ -318,7 +341,18 @@ impl Hypervisor for Qemu {
             ));
         }
         obstacles.extend(region_obstacles(descriptor, available_bytes));
-        obstacles.extend(allowed::judge(descriptor, &self.allowed_paths));
+        let refused = allowed::judge(descriptor, &self.allowed_paths);
+        if refused.is_empty() {
+            match self.confinement.disks(&descriptor.arguments) {
+                Ok(found) => obstacles.extend(found),
+                Err(error) => obstacles.push(obstacle(
+                    "disk-permission",
+                    error.to_string(),
+                    "Look whether the storage of the VM's disks answers on the destination.",
+                )),
+            }
+        }
+        obstacles.extend(refused);
         let wants_kvm = descriptor
             .arguments
             .windows(2)
@@ -345,6 +379,10 @@ impl Hypervisor for Qemu {
             QemuVm::new(process, &qmp, vm_dir).terminate()?;
         }
         Ok(())
+    }
+
+    fn unconfined(&self) -> Vec<String> {
+        self.confinement.lacks()
     }
 
     fn version(&self) -> Result<String, Error> {

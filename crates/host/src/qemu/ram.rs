@@ -4,24 +4,19 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 
 use qapi::qmp;
-use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fstatfs, seek};
-use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::qmp::Monitor;
 use super::text::{guest_address, large_others};
 use crate::Error;
 use crate::process::Process;
-use crate::vm::{GuestRam, PAGE_SIZE, Region};
+use crate::ram_file::RamFile;
+use crate::vm::{GuestRam, Region, Sharing, Window};
 
-/// Most data extents of a region: what is more fragmented is read with its holes closed up to pages anyway.
-const EXTENTS_MAX: usize = 4 << 20;
-
-/// File system of huge pages, see statfs(2).
-const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 /// Largest RAM block beside the backends: video memory and firmware.
 const OTHER_BLOCK_MAX: u64 = 32 << 20;
 
@@ -29,35 +24,10 @@ const OTHER_BLOCK_MAX: u64 = 32 << 20;
 #[derive(Debug)]
 struct Backend {
     region: Region,
-    file: File,
+    file: RamFile,
     file_id: FileId,
     /// Where it is mapped in QEMU: (address, offset in the file, length).
     mappings: Vec<Mapping>,
-    huge: bool,
-}
-
-impl Backend {
-    /// Writes through the process's own mapping.
-    fn write_mapped(
-        &self,
-        memory: &File,
-        offset: u64,
-        bytes: &[u8],
-    ) -> Result<std::io::Result<()>, Error> {
-        let end = offset + bytes.len() as u64;
-        let fits = |m: &&Mapping| m.offset <= offset && end <= m.offset + m.len;
-        let mapping = self
-            .mappings
-            .iter()
-            .find(fits)
-            .ok_or_else(|| Error::Ram("the region is not mapped in one piece".to_owned()))?;
-        Ok(memory.write_all_at(bytes, mapping.address + (offset - mapping.offset)))
-    }
-
-    fn is_empty_file(&self) -> Result<bool, Error> {
-        let meta = self.file.metadata();
-        Ok(meta.map_err(Error::io("looking at guest RAM"))?.blocks() == 0)
-    }
 }
 
 /// A part of the process that shows a part of a backend.
@@ -73,6 +43,15 @@ pub(super) struct Mapping {
 }
 
 impl Mapping {
+    /// Without what it is a part of.
+    pub(super) fn window(&self) -> Window {
+        Window {
+            address: self.address,
+            offset: self.offset,
+            len: self.len,
+        }
+    }
+
     /// Addresses.
     pub(super) fn range(&self) -> Range<u64> {
         self.address..self.address + self.len
@@ -99,8 +78,6 @@ pub(super) struct Place {
 pub(crate) struct QemuRam {
     regions: Vec<Region>,
     backends: Vec<Backend>,
-    /// `/proc/PID/mem`, where a backend has huge pages: their file can be read but not written.
-    memory: Option<File>,
 }
 
 impl QemuRam {
@@ -155,17 +132,9 @@ impl QemuRam {
             .into_iter()
             .map(|place| Backend::open(process, place, mappings))
             .collect::<Result<_, _>>()?;
-        let memory = if backends.iter().any(|backend| backend.huge) {
-            let path = format!("/proc/{}/mem", process.pid());
-            let file = OpenOptions::new().write(true).open(path);
-            Some(file.map_err(Error::io("opening QEMU's memory"))?)
-        } else {
-            None
-        };
         Ok(Self {
             regions: backends.iter().map(|b| b.region.clone()).collect(),
             backends,
-            memory,
         })
     }
 
@@ -181,7 +150,10 @@ impl QemuRam {
 
     /// Names of the regions that have huge pages.
     pub(super) fn huge_regions(&self) -> impl Iterator<Item = &str> {
-        let huge = self.backends.iter().filter(|backend| backend.huge);
+        let huge = self
+            .backends
+            .iter()
+            .filter(|backend| backend.file.is_huge());
         huge.map(|backend| backend.region.name.as_str())
     }
 
@@ -218,7 +190,9 @@ impl QemuRam {
                 .file_name()
                 .to_str()
                 .and_then(|name| name.parse().ok());
-            let Some(other) = other.filter(|other| *other != pid) else {
+            // What we write we know of.
+            let unknown = |other: &u32| *other != pid && *other != std::process::id();
+            let Some(other) = other.filter(unknown) else {
                 continue;
             };
             // One that has ended meanwhile writes nothing.
@@ -268,22 +242,11 @@ impl Backend {
         }
         let file = open_by_id(process.pid(), file_id)?
             .ok_or_else(|| Error::Ram(format!("no descriptor for backend {name:?}")))?;
-        let len = file
-            .metadata()
-            .map_err(Error::io("looking at guest RAM"))?
-            .len();
-        if len != size_bytes || !size_bytes.is_multiple_of(PAGE_SIZE) {
-            return Err(Error::Ram(format!(
-                "backend {name:?} has {len} bytes, expected {size_bytes}"
-            )));
-        }
-        let file_system = fstatfs(&file).map_err(Error::call("fstatfs"))?.f_type;
         Ok(Self {
+            file: RamFile::new(file, &name, size_bytes)?,
             region: Region { name, size_bytes },
-            file,
             file_id,
             mappings,
-            huge: file_system.cast_unsigned() == HUGETLBFS_MAGIC,
         })
     }
 }
@@ -367,75 +330,26 @@ impl GuestRam for QemuRam {
     }
 
     fn data_extents(&self, region: usize) -> Result<Vec<Range<u64>>, Error> {
-        let backend = self.backend(region)?;
-        let size = backend.region.size_bytes;
-        if backend.huge {
-            // Holes of huge pages can't be looked for, but reading them does not fill them.
-            let empty = backend.is_empty_file()?;
-            return Ok(std::iter::once(0..size).filter(|_| !empty).collect());
-        }
-        let mut extents = Vec::new();
-        let mut at = 0;
-        while at < size {
-            let start = match seek(&backend.file, SeekFrom::Data(at)) {
-                Ok(start) if start < size => start,
-                Ok(_) | Err(Errno::NXIO) => break,
-                Err(errno) => return Err(Error::call("lseek(SEEK_DATA)")(errno)),
-            };
-            let end = seek(&backend.file, SeekFrom::Hole(start))
-                .map_err(Error::call("lseek(SEEK_HOLE)"))?
-                .min(size);
-            if extents.len() >= EXTENTS_MAX || end <= start {
-                return Err(Error::Ram(
-                    "the extents of guest RAM make no sense".to_owned(),
-                ));
-            }
-            extents.push(start..end);
-            at = end;
-        }
-        Ok(extents)
+        self.backend(region)?.file.data_extents()
     }
 
     fn read(&self, region: usize, offset: u64, buffer: &mut [u8]) -> Result<(), Error> {
-        let file = &self.backend(region)?.file;
-        file.read_exact_at(buffer, offset)
-            .map_err(Error::io("reading guest RAM"))
+        self.backend(region)?.file.read(offset, buffer)
     }
 
     fn write(&self, region: usize, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-        let backend = self.backend(region)?;
-        let end = offset.checked_add(bytes.len() as u64);
-        // A write behind the end would grow the file.
-        if end.is_none_or(|end| end > backend.region.size_bytes) {
-            return Err(Error::Ram("a write outside the region".to_owned()));
-        }
-        let written = match &self.memory {
-            Some(memory) if backend.huge => backend.write_mapped(memory, offset, bytes)?,
-            _ => backend.file.write_all_at(bytes, offset),
-        };
-        written.map_err(Error::io("writing guest RAM"))
+        self.backend(region)?.file.write(offset, bytes)
     }
 
     fn discard(&self, region: usize, range: Range<u64>) -> Result<(), Error> {
-        let backend = self.backend(region)?;
-        let end = range.end.min(backend.region.size_bytes);
-        if range.start >= end {
-            return Ok(());
-        }
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(&backend.file, flags, range.start, end - range.start)
-            .map_err(Error::call("fallocate(PUNCH_HOLE)"))?;
-        if backend.huge {
-            return Ok(());
-        }
-        // A part of a huge page that can't be split just now is zeroed and stays: there it would not be missing.
-        match seek(&backend.file, SeekFrom::Data(range.start)) {
-            Ok(at) if at < end => Err(Error::Ram(format!(
-                "memory at {at:#x} was not given back; turn off transparent huge pages of shared memory"
-            ))),
-            Ok(_) | Err(Errno::NXIO) => Ok(()),
-            Err(errno) => Err(Error::call("lseek(SEEK_DATA)")(errno)),
-        }
+        self.backend(region)?.file.discard(&range)
+    }
+
+    fn share(&self, sharing: Sharing) -> Result<Vec<OwnedFd>, Error> {
+        let backends = self.backends.iter();
+        backends
+            .map(|backend| backend.file.share(sharing))
+            .collect()
     }
 }
 

@@ -5,6 +5,7 @@ use std::io;
 use crate::Error;
 
 pub(crate) mod inject;
+pub(crate) mod map;
 pub(crate) mod session;
 pub(crate) mod track;
 pub(crate) mod uffd;

@@ -171,7 +171,7 @@ impl Seen {
             let used = Used {
                 all: (all, all),
                 user: (user, user),
-                agent: name.trim() == "palanquind",
+                agent: matches!(name.trim(), "palanquind" | "palanquin-net"),
             };
             self.used.insert(pid, used);
         }

@@ -16,13 +16,13 @@ use palanquin_engine::source::Ending;
 use palanquin_engine::{Epoch, MigrationId, Order, Time, VmId};
 use palanquin_host::facts;
 use palanquin_host::vm::{Hypervisor, RunState, Vm};
-use tracing::{error, warn};
+use tracing::error;
 use uuid::Uuid;
 
 use crate::destination_session::{DestinationEvent, DestinationSession};
+use crate::network::Network;
 use crate::source_session::{SourceEvent, SourceSession};
 use crate::store::{Store, StoreError, StoredVm};
-use crate::tls::Tls;
 use crate::tracked::{Session, Tracked};
 
 /// A VM of this host.
@@ -40,8 +40,8 @@ pub struct Entry {
 pub struct Agent {
     /// Configuration.
     pub config: AgentConfig,
-    /// Identity and trust.
-    pub tls: Tls,
+    /// What talks to other hosts.
+    pub network: Arc<Network>,
     /// State that survives.
     pub store: Store,
     /// The hypervisor.
@@ -59,13 +59,13 @@ impl Agent {
     /// With nothing known yet: see [`crate::recovery`].
     pub fn new(
         config: AgentConfig,
-        tls: Tls,
+        network: Arc<Network>,
         store: Store,
         hypervisor: Arc<dyn Hypervisor>,
     ) -> Arc<Self> {
         Arc::new(Self {
             config,
-            tls,
+            network,
             store,
             hypervisor,
             origin: Instant::now(),
@@ -340,26 +340,6 @@ impl Agent {
                 }
             }
             DestinationEnding::Refused(_) => {}
-        }
-    }
-
-    /// Hands a data stream to the migration that it names.
-    pub fn route_stream(
-        &self,
-        stream: crate::tls::Authenticated,
-        opening: crate::stream_proof::Opening,
-    ) {
-        let session = self
-            .migration(opening.migration)
-            .and_then(|tracked| tracked.session());
-        match session {
-            Some(Session::Destination(sender)) => {
-                let _ = sender.send(DestinationEvent::Stream(Box::new(stream), opening));
-            }
-            _ => {
-                let (peer, migration) = (&stream.peer, opening.migration);
-                warn!(%peer, %migration, "a data stream for no migration was refused");
-            }
         }
     }
 

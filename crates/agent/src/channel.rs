@@ -1,24 +1,23 @@
-//! The control channel: messages over one authenticated connection.
+//! A control connection, as the agent has it: messages that the network process carries.
 //!
-//! One thread receives; any thread may send. The socket is never read or written while the TLS state is
-//! locked, so that neither direction waits for the other.
+//! One thread receives; any thread may send. What the network process says is believed no more than what the host at the
+//! other end says.
 
-use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use palanquin_engine::{Message, MessageError};
-use rustls::Connection;
 
-use crate::identity::Identity;
-use crate::tls::Authenticated;
+use crate::identity::{Identity, Kind};
+use crate::net::port::Port;
+use crate::net::protocol::{Connected, FromControl, ProtocolError, Told, Wire};
 
 /// Messages that are received before the session has worked on those before.
 pub const BACKLOG_MAX: usize = 16;
-/// Longest time for the other end to take what we send.
-const SEND_TIMEOUT: Duration = Duration::from_secs(20);
+/// Longest packet: a message and what is around it.
+const PACKET_MAX: usize = palanquin_engine::message::MESSAGE_MAX + 64;
 
 /// Why a channel ended.
 #[derive(Debug, thiserror::Error)]
@@ -26,15 +25,18 @@ pub enum ChannelError {
     /// The other end closed it.
     #[error("the other end closed the connection")]
     Closed,
-    /// The network.
-    #[error("the connection broke: {0}")]
+    /// The network process is gone, or does not take what it is told.
+    #[error("the network process does not carry it any more: {0}")]
     Io(#[from] io::Error),
-    /// TLS.
-    #[error("the connection was refused or altered: {0}")]
-    Tls(#[from] rustls::Error),
+    /// Network or TLS, as the network process says.
+    #[error("{}", .0.message)]
+    Ended(Told),
     /// Protocol.
     #[error(transparent)]
     Message(#[from] MessageError),
+    /// The network process says what makes no sense.
+    #[error(transparent)]
+    Packet(#[from] ProtocolError),
 }
 
 /// A control channel.
@@ -45,52 +47,33 @@ pub struct Channel {
     pub cipher: String,
     /// Name of the key agreement.
     pub key_exchange: String,
-    tcp: TcpStream,
-    tls: Mutex<Connection>,
-    /// Set while `tls` is locked.
-    closed: AtomicBool,
-    sending: Mutex<()>,
-    received: Mutex<Vec<u8>>,
-    receive_timeout: Mutex<Option<Duration>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Its number in the network process.
+    pub id: u64,
+    port: Port,
+    timeout: Mutex<Option<Duration>>,
 }
 
 impl Channel {
-    /// Takes over an authenticated connection.
+    /// A connection that the network process has authenticated, with a host of our trust domain.
     ///
     /// # Errors
     ///
-    /// The socket is broken already.
-    pub fn new(authenticated: Authenticated) -> io::Result<Self> {
-        let (cipher, key_exchange) = (authenticated.cipher(), authenticated.key_exchange());
-        let Authenticated {
-            tcp,
-            mut connection,
-            peer,
-        } = authenticated;
-        // The first message may have come with the end of the handshake.
-        let mut received = Vec::new();
-        match connection.reader().read_to_end(&mut received) {
-            Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
-            _ => {}
+    /// No host has such a name.
+    pub fn new(connected: Connected, port: Port, trust_domain: &str) -> Result<Self, ChannelError> {
+        if !palanquin_engine::order::is_name(&connected.host) {
+            return Err(ProtocolError::OutOfBounds("name of a host").into());
         }
-        // Bounded by the length of a message: each is flushed before the next. The library's own bound of 64 KiB is less.
-        connection.set_buffer_limit(None);
-        tcp.set_nodelay(true)?;
-        tcp.set_write_timeout(Some(SEND_TIMEOUT))?;
         Ok(Self {
-            peer,
-            cipher,
-            key_exchange,
-            tcp,
-            tls: Mutex::new(connection),
-            closed: AtomicBool::new(false),
-            sending: Mutex::new(()),
-            received: Mutex::new(received),
-            receive_timeout: Mutex::new(None),
+            peer: Identity {
+                trust_domain: trust_domain.to_owned(),
+                kind: Kind::Host,
+                name: connected.host,
+            },
+            cipher: connected.cipher,
+            key_exchange: connected.key_exchange,
+            id: connected.id,
+            port,
+            timeout: Mutex::new(None),
         })
     }
 
@@ -98,20 +81,11 @@ impl Channel {
     ///
     /// # Errors
     ///
-    /// The connection broke or the other end took nothing for 20 s; the channel is of no use any more.
+    /// The network process has closed it or took nothing for 10 s; the channel is of no use any more.
     pub fn send(&self, message: &Message) -> Result<(), ChannelError> {
-        let bytes = message.encode()?;
-        let _order = lock(&self.sending);
-        let mut records = Vec::with_capacity(bytes.len() + 64);
-        {
-            let mut tls = lock(&self.tls);
-            tls.writer().write_all(&bytes)?;
-            while tls.wants_write() {
-                tls.write_tls(&mut records)?;
-            }
-        }
-        (&self.tcp).write_all(&records)?;
-        Ok(())
+        let encoded = message.encode()?;
+        // The network process counts the length itself.
+        Ok(self.port.send(encoded.get(4..).unwrap_or_default(), &[])?)
     }
 
     /// Waits for the next message. Only one thread may receive.
@@ -120,229 +94,115 @@ impl Channel {
     ///
     /// The channel ended, or what came is no message.
     pub fn receive(&self) -> Result<Message, ChannelError> {
-        let mut received = lock(&self.received);
-        let deadline = lock(&self.receive_timeout).map(|timeout| Instant::now() + timeout);
-        let mut wire = vec![0; 16 * 1024];
-        loop {
-            if let Some(message) = take_message(&mut received)? {
-                return Ok(message);
-            }
-            if let Some(deadline) = deadline {
-                let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    return Err(io::Error::from(io::ErrorKind::TimedOut).into());
-                }
-                self.tcp.set_read_timeout(Some(left))?;
-            }
-            let count = match (&self.tcp).read(&mut wire) {
-                Ok(0) => return Err(ChannelError::Closed),
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error.into()),
-            };
-            let closed = self.decrypt(&wire[..count], &mut received)?;
-            if closed && take_len(&received)?.is_none() {
-                return Err(ChannelError::Closed);
-            }
+        let timeout = *self.timeout.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(packet) = self.port.receive(timeout, PACKET_MAX)? else {
+            return Err(ChannelError::Closed);
+        };
+        match FromControl::decoded(&packet.body)? {
+            FromControl::Message(cbor) => Ok(Message::decode(&cbor)?),
+            FromControl::Ended(told) if told.code == "closed" => Err(ChannelError::Closed),
+            FromControl::Ended(told) => Err(ChannelError::Ended(told)),
+            FromControl::Connected(_) => Err(ProtocolError::OutOfBounds("packet").into()),
         }
     }
 
-    /// Feeds bytes of the wire to TLS and appends what they hold; true once the other end has closed.
-    fn decrypt(&self, wire: &[u8], received: &mut Vec<u8>) -> Result<bool, ChannelError> {
-        let mut answer = Vec::new();
-        let mut closed = false;
-        {
-            let mut tls = lock(&self.tls);
-            if self.closed.load(Ordering::Relaxed) {
-                // The library must not be made to complain once it has said goodbye: where it checks itself, it panics.
-                return Err(ChannelError::Closed);
-            }
-            let mut rest = wire;
-            while !rest.is_empty() {
-                tls.read_tls(&mut rest)?;
-                let state = tls.process_new_packets()?;
-                closed |= state.peer_has_closed();
-                let mut plain = vec![0; state.plaintext_bytes_to_read()];
-                if !plain.is_empty() {
-                    tls.reader().read_exact(&mut plain)?;
-                    received.extend_from_slice(&plain);
-                }
-            }
-            while tls.wants_write() {
-                tls.write_tls(&mut answer)?;
-            }
-        }
-        if !answer.is_empty() {
-            let _order = lock(&self.sending);
-            (&self.tcp).write_all(&answer)?;
-        }
-        Ok(closed)
-    }
-
-    /// Says goodbye and closes; a thread that receives is woken.
+    /// Closes it: the other end gets what was sent, and a goodbye. A thread that receives is woken.
     pub fn close(&self) {
-        let mut records = Vec::new();
-        let _order = lock(&self.sending);
-        {
-            let mut tls = lock(&self.tls);
-            self.closed.store(true, Ordering::Relaxed);
-            tls.send_close_notify();
-            while tls.wants_write() && tls.write_tls(&mut records).is_ok() {}
-        }
-        // The other end may be gone: then there is nobody to say goodbye to.
-        let _ = (&self.tcp).write_all(&records);
-        let _ = self.tcp.shutdown(Shutdown::Both);
+        self.port.close();
     }
 
     /// Limits the wait of every [`Channel::receive`] that begins from now on, however many pieces the message comes in.
-    ///
-    /// # Errors
-    ///
-    /// The socket is broken.
-    pub fn set_receive_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        *lock(&self.receive_timeout) = timeout;
-        self.tcp.set_read_timeout(timeout)
+    pub fn set_receive_timeout(&self, timeout: Option<Duration>) {
+        *self.timeout.lock().unwrap_or_else(PoisonError::into_inner) = timeout;
     }
 }
 
-fn take_len(received: &[u8]) -> Result<Option<usize>, MessageError> {
-    match received.first_chunk::<4>() {
-        Some(prefix) => {
-            let len = Message::length(*prefix)?;
-            Ok((received.len() >= 4 + len).then_some(len))
-        }
-        None => Ok(None),
-    }
-}
-
-/// Takes the next message from bytes as they arrived, in whatever pieces that was; nothing while it is not complete.
-///
-/// # Errors
-///
-/// What came is no message.
-pub fn take_message(received: &mut Vec<u8>) -> Result<Option<Message>, MessageError> {
-    let Some(len) = take_len(received)? else {
-        return Ok(None);
-    };
-    let message = Message::decode(&received[4..4 + len])?;
-    received.drain(..4 + len);
-    Ok(Some(message))
+/// Both ends of a port for a channel: ours, and what the network process is given.
+pub(crate) fn port() -> io::Result<(Port, OwnedFd)> {
+    Port::pair()
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::net::TcpListener;
-    use std::thread;
-
-    use palanquin_engine::message::{PRESENT_MAX, Present};
-    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
+    use std::time::Instant;
 
     use super::*;
-    use crate::tls::Tls;
 
-    /// Both ends of a channel between hosts a and b.
-    pub(crate) fn pair() -> (Channel, Channel) {
-        let dir = tempfile::tempdir().unwrap();
-        let file = |name: String| dir.path().join(name);
-        let ca_key = KeyPair::generate().unwrap();
-        let mut ca = CertificateParams::default();
-        ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let root = ca.self_signed(&ca_key).unwrap();
-        std::fs::write(file("ca".to_owned()), root.pem()).unwrap();
-        let issuer = Issuer::new(ca, ca_key);
-        let host = |name: &str| {
-            let key = KeyPair::generate().unwrap();
-            let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
-            let uri = format!("spiffe://example.org/host/{name}");
-            let uri = SanType::URI(uri.try_into().unwrap());
-            params.subject_alt_names.push(uri);
-            let certificate = params.signed_by(&key, &issuer).unwrap();
-            let (pem, key_pem) = (file(format!("{name}.pem")), file(format!("{name}.key")));
-            std::fs::write(&pem, certificate.pem()).unwrap();
-            std::fs::write(&key_pem, key.serialize_pem()).unwrap();
-            Tls::load(&file("ca".to_owned()), &pem, &key_pem, name).unwrap()
+    /// A channel, and the network process's end of its port.
+    pub(crate) fn channel() -> (Channel, Port) {
+        let (ours, theirs) = Port::pair().unwrap();
+        let connected = Connected {
+            id: 1,
+            host: "beta".to_owned(),
+            cipher: String::new(),
+            key_exchange: String::new(),
         };
-        let (a, b) = (host("a"), host("b"));
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let accepting = thread::spawn(move || {
-            let (tcp, _) = listener.accept().unwrap();
-            Channel::new(b.accept(tcp).unwrap()).unwrap()
-        });
-        let tcp = TcpStream::connect(address).unwrap();
-        let client = Channel::new(a.connect(tcp, "b", false).unwrap()).unwrap();
-        (client, accepting.join().unwrap())
+        let channel = Channel::new(connected, ours, "example.org").unwrap();
+        (channel, Port::from_fd(theirs).unwrap())
     }
 
     #[test]
-    fn a_message_of_the_largest_size_arrives() {
-        let (client, server) = pair();
-        let message = Message::Present(Present {
-            region: 0,
-            first_page: 0,
-            bits: vec![0xFF; PRESENT_MAX],
-            last: true,
-        });
-        let expected = message.clone();
-        let receiving = thread::spawn(move || server.receive().unwrap());
-        client.send(&message).unwrap();
-        assert_eq!(receiving.join().unwrap(), expected);
+    fn messages_are_carried_and_the_end_is_told_with_its_reason() {
+        let (channel, process) = channel();
+        channel.send(&Message::RoundReceived(3)).unwrap();
+        assert_eq!(sent(&process), Message::RoundReceived(3));
+        arrives(&process, &Message::Ping);
+        let told = Told::new("connection-lost", "the connection broke");
+        let told = FromControl::Ended(told).encoded();
+        process.send(&told, &[]).unwrap();
+        assert_eq!(channel.receive().unwrap(), Message::Ping);
+        let error = channel.receive().unwrap_err();
+        assert_eq!(error.to_string(), "the connection broke");
+        drop(process);
+        assert!(matches!(channel.receive(), Err(ChannelError::Closed)));
     }
 
     #[test]
-    fn what_was_altered_on_the_way_and_comes_after_the_goodbye_is_not_looked_at() {
-        let (client, _server) = pair();
-        client.close();
-        let altered = [&[23, 3, 3, 0, 32][..], &[0; 32]].concat();
-        let refused = client.decrypt(&altered, &mut Vec::new());
-        assert!(matches!(refused, Err(ChannelError::Closed)), "{refused:?}");
+    fn a_network_process_that_says_nonsense_is_an_error_and_no_panic() {
+        let (channel, process) = channel();
+        process.send(b"nonsense", &[]).unwrap();
+        assert!(matches!(channel.receive(), Err(ChannelError::Packet(_))));
+        let told = FromControl::Message(b"nonsense".to_vec().into());
+        process.send(&told.encoded(), &[]).unwrap();
+        assert!(matches!(channel.receive(), Err(ChannelError::Message(_))));
+        process.send(&vec![0; PACKET_MAX + 1], &[]).unwrap();
+        assert!(matches!(channel.receive(), Err(ChannelError::Io(_))));
+    }
+
+    /// What comes of a message from the other host.
+    pub(crate) fn arrives(process: &Port, message: &Message) {
+        let encoded = message.encode().unwrap();
+        let told = FromControl::Message(encoded[4..].to_vec().into());
+        process.send(&told.encoded(), &[]).unwrap();
+    }
+
+    /// What the other host is sent next.
+    pub(crate) fn sent(process: &Port) -> Message {
+        let packet = process.receive(Some(Duration::from_secs(10)), PACKET_MAX);
+        Message::decode(&packet.unwrap().unwrap().body).unwrap()
     }
 
     #[test]
-    fn a_message_that_comes_byte_by_byte_is_not_awaited_beyond_the_deadline() {
-        let (client, server) = pair();
-        server
-            .set_receive_timeout(Some(Duration::from_millis(300)))
-            .unwrap();
-        let sending = thread::spawn(move || {
-            // A length, and then its message in pieces that keep every single read short.
-            for byte in [8, 0, 0, 0, 1, 1, 1, 1] {
-                let mut records = Vec::new();
-                {
-                    let mut tls = lock(&client.tls);
-                    tls.writer().write_all(&[byte]).unwrap();
-                    tls.write_tls(&mut records).unwrap();
-                }
-                if (&client.tcp).write_all(&records).is_err() {
-                    break;
-                }
-                thread::park_timeout(Duration::from_millis(100));
-            }
-        });
+    fn a_message_is_not_awaited_beyond_the_deadline() {
+        let (channel, process) = channel();
+        channel.set_receive_timeout(Some(Duration::from_millis(100)));
+        arrives(&process, &Message::Ping);
+        assert_eq!(channel.receive().unwrap(), Message::Ping);
         let began = Instant::now();
-        assert!(matches!(server.receive(), Err(ChannelError::Io(_))));
-        assert!(began.elapsed() >= Duration::from_millis(250));
-        drop(server);
-        sending.join().unwrap();
+        let error = channel.receive().unwrap_err();
+        assert!(matches!(error, ChannelError::Io(_)), "{error:?}");
+        assert!(began.elapsed() >= Duration::from_millis(100));
     }
 
     #[test]
-    fn messages_are_taken_one_by_one_whatever_pieces_they_come_in() {
-        let mut bytes = Message::Ping.encode().unwrap();
-        bytes.extend(Message::RoundReceived(3).encode().unwrap());
-        let mut received = Vec::new();
-        let mut messages = Vec::new();
-        for byte in bytes {
-            received.push(byte);
-            messages.extend(take_message(&mut received).unwrap());
-        }
-        assert_eq!(messages, [Message::Ping, Message::RoundReceived(3)]);
-        assert!(received.is_empty());
-    }
-
-    #[test]
-    fn an_oversize_length_is_refused_before_its_message_is_awaited() {
-        let mut received = u32::MAX.to_le_bytes().to_vec();
-        assert!(take_message(&mut received).is_err());
+    fn a_name_that_no_host_has_is_refused() {
+        let (port, _) = Port::pair().unwrap();
+        let connected = Connected {
+            id: 1,
+            host: "../x".to_owned(),
+            cipher: String::new(),
+            key_exchange: String::new(),
+        };
+        assert!(Channel::new(connected, port, "example.org").is_err());
     }
 }

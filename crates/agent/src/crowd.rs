@@ -5,10 +5,13 @@
 //! would have to fill all places anew within the time of one handshake.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt::Display;
 use std::hash::Hash;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use tracing::warn;
 
 /// Places for connections, each of somebody.
 pub struct Crowd<K, T> {
@@ -145,6 +148,20 @@ impl Complaints {
         } else {
             *window = Some((now, 1));
             (true, count.saturating_sub(TOLD))
+        }
+    }
+
+    /// Logs a complaint about whoever is at this address, unless there were too many just now.
+    pub fn complain(&self, what: &str, why: &dyn Display, address: &dyn Display) {
+        let (told, untold) = self.count(Instant::now());
+        if untold > 0 {
+            warn!(
+                untold,
+                "more connections were refused in the seconds before"
+            );
+        }
+        if told {
+            warn!(%address, %why, "{what}");
         }
     }
 }

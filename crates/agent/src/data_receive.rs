@@ -1,8 +1,10 @@
 //! The destination's data streams: one thread each, from the socket to guest memory.
 
+use std::fs::File;
 use std::io::{self, BufRead, Read};
 use std::net::TcpStream;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -11,7 +13,7 @@ use palanquin_engine::pages::{Block, PAGE_BYTES, RamLayout};
 use palanquin_host::vm::GuestRam;
 use rustls::Connection;
 
-use crate::device_state::{DeviceState, DeviceStateError};
+use crate::device_state::DeviceStateError;
 use crate::digest::Digests;
 use crate::received::Received;
 use crate::reduction::decode::{DecodeError, Decoder, Target};
@@ -138,6 +140,31 @@ impl Inbound {
     }
 }
 
+/// Guest page bytes that arrived.
+pub struct GuestBytes {
+    count: AtomicU64,
+    mirror: File,
+}
+
+impl GuestBytes {
+    /// None yet, and written to this file when they change: eight bytes, little endian.
+    pub fn mirrored(mirror: File) -> Self {
+        Self {
+            count: AtomicU64::new(0),
+            mirror,
+        }
+    }
+
+    fn add(&self, bytes: u64) {
+        let count = self.count.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        // Without it the agent sees less of the progress, nothing else.
+        let _ = self.mirror.write_all_at(&count.to_le_bytes(), 0);
+    }
+}
+
+/// Where the device state goes.
+pub type StateSink = Box<dyn Fn(&[u8]) -> io::Result<()> + Send + Sync>;
+
 /// What the threads share.
 pub struct Shared {
     /// Guest memory.
@@ -148,10 +175,12 @@ pub struct Shared {
     pub digests: Digests,
     /// What arrived since the last whole round, until the pause.
     pub received: Received,
-    /// The device state.
-    pub device_state: DeviceState,
+    /// Where the device state goes.
+    pub device_state: StateSink,
+    /// Largest device state.
+    pub device_state_max: u64,
     /// Guest page bytes that arrived.
-    pub guest_bytes: AtomicU64,
+    pub guest_bytes: GuestBytes,
     /// Number of streams of the migration.
     pub streams: usize,
     /// Once pages arrive while the VM runs or is about to: where they go then.
@@ -200,6 +229,7 @@ pub fn receive(inbound: &mut Inbound, index: u16, shared: &Shared, report: &dyn 
         buffer: vec![0; PAYLOAD_MAX],
         decoder: Decoder::new(index.into()),
         chunks: 0,
+        state_bytes: 0,
     };
     if let Err(error) = stream.run(report) {
         report(Report::Failed(error));
@@ -216,6 +246,7 @@ struct Stream<'a> {
     buffer: Vec<u8>,
     decoder: Decoder,
     chunks: u32,
+    state_bytes: u64,
 }
 
 impl Stream<'_> {
@@ -241,7 +272,12 @@ impl Stream<'_> {
                         return Err(ReceiveError::Order("a piece of device state"));
                     }
                     self.chunks += 1;
-                    self.shared.device_state.push(&self.buffer[..len])?;
+                    let limit = self.shared.device_state_max;
+                    self.state_bytes += len as u64;
+                    if self.state_bytes > limit {
+                        return Err(DeviceStateError::Size(limit).into());
+                    }
+                    (self.shared.device_state)(&self.buffer[..len])?;
                 }
                 Frame::Stale(_) | Frame::Drained { .. } if self.last || self.drained => {
                     return Err(ReceiveError::Order(
@@ -271,6 +307,8 @@ impl Stream<'_> {
                 }
                 Frame::RoundEnd { round, last } => {
                     self.last = last;
+                    // Before anybody can know, and so before the next round begins.
+                    self.shared.received.round_end(round, self.shared.streams);
                     report(Report::RoundEnd { round, last });
                 }
                 Frame::Pages(_)
@@ -303,7 +341,7 @@ impl Stream<'_> {
                     references: false,
                 };
                 let bytes = self.decoder.apply(frame, &self.buffer[..len], &target)?;
-                shared.guest_bytes.fetch_add(bytes, Ordering::Relaxed);
+                shared.guest_bytes.add(bytes);
             }
         }
         Ok(())
@@ -337,7 +375,7 @@ impl Stream<'_> {
         if let Some(block) = frame.pages() {
             shared.received.mark(block);
         }
-        shared.guest_bytes.fetch_add(bytes, Ordering::Relaxed);
+        shared.guest_bytes.add(bytes);
         Ok(())
     }
 }

@@ -1,7 +1,9 @@
 //! The source's data streams: one thread each, from guest memory to the socket.
 
+use std::fs::File;
 use std::io::{self, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock};
@@ -9,8 +11,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use palanquin_api::control::Compress;
-use palanquin_engine::frame::{Frame, PAYLOAD_MAX};
-use palanquin_engine::ids::Sha256;
+use palanquin_engine::frame::Frame;
 use palanquin_engine::pages::{Block, PAGE_BYTES, PageSet, RamLayout};
 use palanquin_engine::progress::SentCounters;
 use palanquin_engine::source::Op;
@@ -18,7 +19,7 @@ use palanquin_host::vm::GuestRam;
 use rustix::time::{ClockId, clock_gettime};
 use rustls::Connection;
 
-use crate::digest::{Digests, Sha256Of};
+use crate::digest::Digests;
 use crate::pace::Pace;
 use crate::reduction::encode::{Counts, Encoder};
 use crate::reduction::stream_of;
@@ -47,6 +48,8 @@ pub enum SendError {
 /// What all streams count together.
 #[derive(Debug, Default)]
 pub struct Counters {
+    /// Where the agent sees them.
+    mirror: Option<File>,
     pages_raw: AtomicU64,
     pages_delta: AtomicU64,
     pages_duplicate: AtomicU64,
@@ -56,7 +59,65 @@ pub struct Counters {
     wire_bytes: AtomicU64,
 }
 
+/// Bytes of the counters where the agent sees them.
+pub const COUNTERS_BYTES: usize = 56;
+
+/// Counters from where the network process writes them.
+pub fn counters_from(bytes: &[u8; COUNTERS_BYTES]) -> SentCounters {
+    let mut numbers = [0; COUNTERS_BYTES / 8];
+    for (number, bytes) in numbers.iter_mut().zip(bytes.as_chunks::<8>().0) {
+        *number = u64::from_le_bytes(*bytes);
+    }
+    let [
+        pages_raw,
+        pages_delta,
+        pages_duplicate,
+        pages_compressed,
+        saved_bytes,
+        pages_zero,
+        wire_bytes,
+    ] = numbers;
+    SentCounters {
+        pages_raw,
+        pages_delta,
+        pages_duplicate,
+        pages_compressed,
+        saved_bytes,
+        pages_zero,
+        wire_bytes,
+    }
+}
+
 impl Counters {
+    /// All zero, and written to this file when they change.
+    pub fn mirrored(mirror: File) -> Self {
+        Self {
+            mirror: Some(mirror),
+            ..Self::default()
+        }
+    }
+
+    /// Shows the agent how they stand.
+    fn show(&self) {
+        let Some(mirror) = &self.mirror else { return };
+        let counters = self.read();
+        let numbers = [
+            counters.pages_raw,
+            counters.pages_delta,
+            counters.pages_duplicate,
+            counters.pages_compressed,
+            counters.saved_bytes,
+            counters.pages_zero,
+            counters.wire_bytes,
+        ];
+        let mut bytes = [0; COUNTERS_BYTES];
+        for (bytes, number) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(numbers) {
+            *bytes = number.to_le_bytes();
+        }
+        // Without it the agent sees less of the progress, nothing else.
+        let _ = mirror.write_all_at(&bytes, 0);
+    }
+
     /// As they stand.
     pub fn read(&self) -> SentCounters {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -105,7 +166,7 @@ pub enum Job {
     },
     /// Tell that this stream's blocks of the set come anew after the device state.
     Stale(Arc<PageSet>),
-    /// Send a piece of the device state, at most [`PAYLOAD_MAX`] bytes; for the first stream only.
+    /// Send a piece of the device state, at most [`palanquin_engine::frame::PAYLOAD_MAX`] bytes; for the first stream only.
     DeviceState {
         /// Counts the pieces from 0.
         chunk: u32,
@@ -249,15 +310,12 @@ impl Senders {
         self.jobs.len()
     }
 
-    /// What is written to it goes to the first stream as the device state. Reports of the pieces have this operation.
-    pub fn device_state(&self, op: Op) -> Option<DeviceStateOut> {
-        let first = self.jobs.first()?.clone();
-        Some(DeviceStateOut {
-            first,
-            op,
-            chunk: 0,
-            bytes: 0,
-            sha256: Sha256Of::default(),
+    /// Gives the first stream a job.
+    pub fn first(&self, op: Op, job: Job) -> usize {
+        let first = self.jobs.first();
+        first.map_or(0, |sender| {
+            let _ = sender.send((op, job));
+            1
         })
     }
 
@@ -270,7 +328,7 @@ impl Senders {
     }
 
     /// Ends the streams at once, and waits until none of them reads memory or notes digests any more: at most a block
-    /// each. Not while the device state is given to them.
+    /// each.
     pub fn end(mut self) {
         self.cancel();
         let threads = std::mem::take(&mut self.threads);
@@ -282,52 +340,11 @@ impl Senders {
         }
     }
 
-    /// Ends the streams at once.
-    pub fn cancel(&self) {
+    fn cancel(&self) {
         self.shared.pace.cancel();
         for socket in &self.sockets {
             let _ = socket.shutdown(std::net::Shutdown::Both);
         }
-    }
-}
-
-/// The device state on its way to the first stream.
-pub struct DeviceStateOut {
-    first: Sender<(Op, Job)>,
-    op: Op,
-    chunk: u32,
-    bytes: u64,
-    sha256: Sha256Of,
-}
-
-impl DeviceStateOut {
-    /// Length and digest of what was written.
-    pub fn finish(self) -> (u64, Sha256) {
-        (self.bytes, self.sha256.finish())
-    }
-}
-
-impl Write for DeviceStateOut {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let piece = &bytes[..bytes.len().min(PAYLOAD_MAX)];
-        self.sha256.update(piece);
-        let job = Job::DeviceState {
-            chunk: self.chunk,
-            piece: piece.into(),
-        };
-        self.first
-            .send((self.op, job))
-            .map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?;
-        self.chunk = self
-            .chunk
-            .checked_add(1)
-            .ok_or(io::ErrorKind::FileTooLarge)?;
-        self.bytes += piece.len() as u64;
-        Ok(piece.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 
@@ -353,6 +370,7 @@ impl Stream {
     fn run<F: Fn(Op, Result<(), SendError>)>(&mut self, jobs: &Receiver<(Op, Job)>, report: &F) {
         while let Ok((op, job)) = jobs.recv() {
             let result = self.work(&job);
+            self.link.shared.counters.show();
             let failed = result.is_err();
             report(op, result);
             if failed {
@@ -446,6 +464,7 @@ impl Stream {
         let before = encoded.adaptive.then(thread_cpu_time);
         self.link.write(&encoded.bytes)?;
         self.link.shared.counters.add(&counts);
+        self.link.shared.counters.show();
         if let Some(before) = before {
             // What is not spent on a CPU is spent waiting: for the link, the rate, or a CPU.
             let sending = ready.elapsed();

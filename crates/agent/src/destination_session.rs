@@ -4,11 +4,10 @@ mod container;
 
 pub use self::container::{descriptor_of, wire_blocker};
 
-use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use palanquin_api::control::{Outcome, Phase};
@@ -16,27 +15,22 @@ use palanquin_engine::destination::{
     Destination, DestinationAction, DestinationDone, DestinationEnding, DestinationPhase, Op,
 };
 use palanquin_engine::ids::StreamSecret;
-use palanquin_engine::message::{Offer, PRESENT_MAX, Present, Reason};
+use palanquin_engine::message::{Demand, Offer, PRESENT_MAX, Present, Reason};
 use palanquin_engine::order::Order;
 use palanquin_engine::pages::{PAGE_BYTES, PageSet, RamLayout};
 use palanquin_engine::source::Failure;
 use palanquin_engine::{DestinationRecord, Message, Time};
-use palanquin_host::vm::{GuestRam, Vm};
+use palanquin_host::vm::{GuestRam, MissingPages, Vm};
 use tracing::{debug, info, warn};
 
 use self::container::{ContainerJob, ContainerWorker};
 use crate::agent::Agent;
 use crate::channel::Channel;
-use crate::data_receive::{Inbound, Report, Shared, receive};
-use crate::device_state::DeviceState;
-use crate::digest::Digests;
 use crate::fail_point::{fail_point, fail_point_at, fail_point_record};
-use crate::received::Received;
+use crate::net::protocol::Incoming;
 use crate::source_session::chain;
-use crate::stream_proof::{Opening, exporter_context};
-use crate::tls::Authenticated;
+use crate::streams_in::{InEvent, InStreams, Pending, StreamsError};
 use crate::tracked::{Tracked, api_error, ms};
-use crate::waiting::{self, Asking, ChannelSlot};
 
 /// How often the state is told.
 const TICK: Duration = Duration::from_millis(200);
@@ -47,10 +41,8 @@ pub enum DestinationEvent {
     Message(u32, Message),
     /// The connection of this generation is lost.
     Lost(u32, Reason),
-    /// Somebody opened a data stream.
-    Stream(Box<Authenticated>, Opening),
-    /// A stream of this generation tells something.
-    Data(u32, Report),
+    /// What becomes of the streams that were handed over at this number.
+    Streams(u32, InEvent),
     /// The container was started.
     Reserved {
         /// To report with.
@@ -75,14 +67,8 @@ pub enum DestinationEvent {
     Sync(Sender<()>),
 }
 
-/// What the streams of a migration are made of.
-struct Expected {
-    op: Op,
-    streams: Vec<Option<Inbound>>,
-    urgent: bool,
-    secret: StreamSecret,
-    layout: RamLayout,
-}
+/// The control connection to the source, which may be another after a while.
+pub type ChannelSlot = Arc<Mutex<Option<Arc<Channel>>>>;
 
 /// A destination at work.
 pub struct DestinationSession {
@@ -99,17 +85,21 @@ pub struct DestinationSession {
     digest_seed: u64,
     /// Whether the digests of all pages that arrived are known: not after a restart.
     comparable: bool,
-    /// After a restart, what asks for pages until the worker can.
-    asking: Option<Asking>,
+    /// Accesses to pages that are not here, which wait.
+    missing: Arc<OnceLock<Arc<dyn MissingPages>>>,
     /// Streams that have delivered everything.
     pushed: usize,
     ended: Arc<AtomicBool>,
-    expected: Option<Expected>,
+    /// What waits for the streams.
+    expected: Option<Op>,
     vm: Option<Arc<dyn Vm>>,
     ram: Option<Arc<dyn GuestRam>>,
-    shared: Option<Arc<Shared>>,
-    sockets: Vec<TcpStream>,
-    receivers: Vec<JoinHandle<()>>,
+    layout: Option<RamLayout>,
+    /// The streams' side in the network process, with what it knows of the pages that have arrived.
+    streams_in: Option<Arc<InStreams>>,
+    /// Counts how often they were handed over.
+    handed_over: u32,
+    guest_bytes: u64,
     streams: usize,
     /// Whether the container was told to load.
     loading: bool,
@@ -148,15 +138,16 @@ impl DestinationSession {
             worker,
             digest_seed: offer.digest_seed,
             comparable: true,
-            asking: None,
+            missing: Arc::default(),
             pushed: 0,
             ended: Arc::new(AtomicBool::new(false)),
             expected: None,
             vm: None,
             ram: None,
-            shared: None,
-            sockets: Vec::new(),
-            receivers: Vec::new(),
+            layout: None,
+            streams_in: None,
+            handed_over: 0,
+            guest_bytes: 0,
             streams: 0,
             loading: false,
             drained: Vec::new(),
@@ -184,21 +175,12 @@ impl DestinationSession {
         let internal = |error: &dyn std::error::Error| Reason::new("internal", chain(error));
         let channel = ChannelSlot::default();
         let ram = vm.ram().map_err(|error| internal(&error))?;
-        let shared = Arc::new(Shared {
-            ram: Arc::clone(&ram),
-            digests: Digests::new(layout, 0),
-            received: Received::new(layout),
-            layout: layout.clone(),
-            device_state: DeviceState::new(agent.config.limits.device_state.bytes()),
-            guest_bytes: Default::default(),
-            streams: 0,
-            waiting: Default::default(),
-            references: AtomicBool::new(false),
-        });
-        let asking = container::wait_for_pages(vm, &shared, &channel);
-        let asking = asking.map_err(|failure| failure.reason)?;
+        // From here on accesses wait; the network process looks after them as soon as there is one.
+        let missing = Arc::new(OnceLock::new());
+        let found = container::wait_for_pages(vm, &missing);
+        found.map_err(|failure| failure.reason)?;
         let worker = ContainerWorker::start(agent, order, Some(Arc::clone(vm)), sender.clone());
-        let session = Self {
+        let mut session = Self {
             agent: Arc::clone(agent),
             engine,
             channel,
@@ -209,15 +191,16 @@ impl DestinationSession {
             worker: worker.map_err(|error| internal(&error))?,
             digest_seed: 0,
             comparable: false,
-            asking: Some(asking),
+            missing,
             pushed: 0,
             ended: Arc::new(AtomicBool::new(false)),
             expected: None,
             vm: Some(Arc::clone(vm)),
             ram: Some(ram),
-            shared: Some(shared),
-            sockets: Vec::new(),
-            receivers: Vec::new(),
+            layout: Some(layout.clone()),
+            streams_in: None,
+            handed_over: 0,
+            guest_bytes: 0,
             streams: 0,
             loading: false,
             drained: Vec::new(),
@@ -226,6 +209,9 @@ impl DestinationSession {
             began: agent.now(),
         };
         session.watch(vm);
+        if let Err(reason) = session.make_streams() {
+            warn!(%reason, "accesses to missing pages are looked after when the source is back");
+        }
         Ok(session)
     }
 
@@ -257,7 +243,6 @@ impl DestinationSession {
         self.ended.store(true, Ordering::Relaxed);
         self.close_streams();
         self.close_channel();
-        self.asking = None;
         self.finish(&ending);
     }
 
@@ -288,39 +273,8 @@ impl DestinationSession {
                 self.engine.handle_connection_lost(now, reason);
             }
             DestinationEvent::Message(..) | DestinationEvent::Lost(..) => {}
-            DestinationEvent::Stream(authenticated, opening) => {
-                let peer = authenticated.peer.clone();
-                if let Err(problem) = self.admit(*authenticated, opening) {
-                    warn!(%peer, problem, index = opening.index, "a data stream was refused");
-                }
-            }
-            DestinationEvent::Data(generation, _) if generation != self.generation => {}
-            DestinationEvent::Data(_, Report::Drained { post_copy }) => {
-                self.stream_drained(now, post_copy);
-            }
-            DestinationEvent::Data(_, Report::RoundEnd { round, last }) => {
-                self.round_end(now, round, last);
-            }
-            DestinationEvent::Data(_, Report::Pushed) => {
-                debug!("a stream has delivered all");
-                self.pushed += 1;
-                // With the one for pages that the VM waits for.
-                if self.pushed == self.streams + 1 {
-                    self.engine.handle_pushed(now);
-                }
-            }
-            DestinationEvent::Data(_, Report::Failed(error)) => {
-                let reason = Reason::new("data-stream", chain(&error));
-                if self.engine.is_post_copy() && !self.engine.may_discard() {
-                    // The VM runs on what it has; the source dials again.
-                    warn!(%reason, "a data stream broke");
-                    self.engine.handle_connection_lost(now, reason);
-                } else if error.is_broken_link() && self.engine.may_discard() {
-                    self.engine.handle_connection_lost(now, reason);
-                } else {
-                    self.engine.handle_abort(now, reason);
-                }
-            }
+            DestinationEvent::Streams(number, _) if number != self.handed_over => {}
+            DestinationEvent::Streams(_, event) => self.streams_told(now, event),
             DestinationEvent::Reserved {
                 op,
                 vm,
@@ -391,18 +345,23 @@ impl DestinationSession {
                 self.tracked.update(|info| info.streams = streams);
                 self.streams = usize::from(streams);
                 self.pushed = 0;
+                self.layout = Some(layout);
                 let count = streams + u16::from(urgent);
-                self.expected = Some(Expected {
-                    op,
-                    streams: (0..count).map(|_| None).collect(),
-                    urgent,
-                    secret,
-                    layout,
-                });
+                self.expected = Some(op);
+                if let Err(reason) = self.expect_streams(count, secret) {
+                    self.expected = None;
+                    let failure = Failure {
+                        reason,
+                        vm_gone: false,
+                    };
+                    self.report(op, Err(failure));
+                }
             }
             DestinationAction::TellReceived => {
-                if let (Some(shared), Some(channel)) = (&self.shared, self.channel()) {
-                    tell(&channel, &shared.layout, &shared.received.pages());
+                if let Err(error) = self.tell_received() {
+                    let now = self.agent.now();
+                    let reason = Reason::new("data-stream", chain(&error));
+                    self.engine.handle_connection_lost(now, reason);
                 }
             }
             DestinationAction::TellPresent => {
@@ -412,15 +371,12 @@ impl DestinationSession {
                     self.engine.handle_connection_lost(now, reason);
                 }
             }
-            DestinationAction::EndPulling(op) => match &self.shared {
-                Some(shared) => {
-                    self.asking = None;
-                    let shared = Arc::clone(shared);
-                    self.worker
-                        .give(ContainerJob::EndPulling(op, shared, self.comparable));
-                }
-                None => self.report(op, Err(missing("streams"))),
-            },
+            DestinationAction::EndPulling(op) => {
+                let (streams, missing) = (self.streams_in.clone(), Arc::clone(&self.missing));
+                let comparable = self.comparable;
+                self.worker
+                    .give(ContainerJob::EndPulling(op, missing, streams, comparable));
+            }
             DestinationAction::Disconnect => {
                 if let Some(reason) = self.engine.reason() {
                     warn!(%reason, "the connection is lost; waiting for the source");
@@ -431,25 +387,30 @@ impl DestinationSession {
                     self.next_generation();
                 }
             }
-            DestinationAction::LoadDeviceState { op, post_copy } => match &self.shared {
-                Some(shared) => {
+            DestinationAction::LoadDeviceState { op, post_copy } => match &self.streams_in {
+                Some(streams) => {
                     self.loading = true;
-                    let channel = post_copy.then(|| Arc::clone(&self.channel));
-                    let shared = Arc::clone(shared);
-                    self.worker.give(ContainerJob::Load(op, shared, channel));
+                    if let Some(channel) = self.channel().filter(|_| post_copy) {
+                        streams.ask_on(&channel);
+                    }
+                    let missing = post_copy.then(|| Arc::clone(&self.missing));
+                    let streams = Arc::clone(streams);
+                    self.worker.give(ContainerJob::Load(op, streams, missing));
                 }
                 None => self.report(op, Err(missing("streams"))),
             },
             DestinationAction::SealDeviceState(seal) => {
-                if let Some(shared) = &self.shared {
-                    shared.device_state.seal(seal);
+                if let Some(streams) = &self.streams_in {
+                    streams.device_state().seal(seal);
                 }
             }
             DestinationAction::ComputeRoot(op) => {
-                let root = self.shared.as_ref().map(|shared| shared.digests.root());
-                let result = root
-                    .map(DestinationDone::Root)
-                    .ok_or_else(|| missing("digests"));
+                let root = self.streams_in.as_ref().map(|streams| streams.root());
+                let result = match root {
+                    Some(Ok(root)) => Ok(DestinationDone::Root(root)),
+                    Some(Err(error)) => Err(streams_failure(&error)),
+                    None => Err(missing("digests")),
+                };
                 self.report(op, result);
             }
             DestinationAction::Activate(op) => {
@@ -457,8 +418,8 @@ impl DestinationSession {
             }
             DestinationAction::Terminate(op) => {
                 self.close_streams();
-                if let Some(shared) = &self.shared {
-                    shared.device_state.cancel();
+                if let Some(streams) = &self.streams_in {
+                    streams.device_state().cancel();
                 }
                 if let Some(vm) = self.vm.as_ref().filter(|_| self.loading) {
                     // It may wait for a page that will never come.
@@ -528,30 +489,44 @@ impl DestinationSession {
         self.drained.clear();
     }
 
+    /// Tells which pages of the round have arrived that the lost connection has cut.
+    fn tell_received(&self) -> Result<(), StreamsError> {
+        if let (Some(streams), Some(layout), Some(channel)) =
+            (&self.streams_in, &self.layout, self.channel())
+        {
+            let pages = streams.received(layout, self.engine.rounds())?;
+            tell(&channel, layout, &pages);
+        }
+        Ok(())
+    }
+
     /// Tells which pages are here, and asks again for those that the VM waits for.
-    fn tell_present(&self) -> Result<(), palanquin_host::Error> {
-        let (Some(ram), Some(shared), Some(channel)) = (&self.ram, &self.shared, self.channel())
+    fn tell_present(&self) -> Result<(), StreamsError> {
+        let (Some(ram), Some(layout), Some(channel)) = (&self.ram, &self.layout, self.channel())
         else {
             return Ok(());
         };
-        let layout = &shared.layout;
         let mut pages = PageSet::empty(layout);
         for region in 0..layout.regions() {
             for extent in ram.data_extents(region)? {
                 pages.insert(region, extent.start / PAGE_BYTES..extent.end / PAGE_BYTES);
             }
         }
-        if let Some(waiting) = shared.waiting.get() {
+        let mut wanted = Vec::new();
+        if let Some(streams) = &self.streams_in {
             // Also what arrived and was given back by the guest since: it must not come again.
-            waiting.add_arrived(&mut pages);
+            wanted = streams.arrived(layout, &mut pages)?;
         }
         if !tell(&channel, layout, &pages) {
             return Ok(());
         }
-        if let Some(waiting) = shared.waiting.get() {
-            for (region, page) in waiting.wanted() {
-                waiting::ask(&self.channel, region, page);
+        for (region, page) in wanted {
+            if let Err(error) = channel.send(&Message::Demand(Demand { region, page })) {
+                debug!(%error, "a page could not be asked for");
             }
+        }
+        if let Some(streams) = &self.streams_in {
+            streams.ask_on(&channel);
         }
         Ok(())
     }
@@ -574,91 +549,99 @@ impl DestinationSession {
         }
     }
 
-    /// Checks that a stream belongs to this migration, and starts all once the last is here.
-    fn admit(&mut self, stream: Authenticated, opening: Opening) -> Result<(), &'static str> {
-        let order = self.engine.order().ok_or("there is no order yet")?;
-        let expected = self
-            .expected
-            .as_mut()
-            .ok_or("no streams are expected now")?;
-        if stream.peer.name != order.source {
-            return Err("it comes from another host than the migration");
+    /// What writes pages; what it knows of them lasts as long as it does.
+    fn make_streams(&mut self) -> Result<Arc<InStreams>, Reason> {
+        if let Some(streams) = &self.streams_in {
+            return Ok(Arc::clone(streams));
         }
-        let slot = expected.streams.get_mut(usize::from(opening.index));
-        let slot = slot.ok_or("there is no stream of this index")?;
-        if slot.is_some() {
-            return Err("this stream is open already");
+        let internal = |what: &str| Reason::new("internal", what);
+        let ram = self.ram.clone().ok_or_else(|| internal("no container"))?;
+        let order = self.engine.order().ok_or_else(|| internal("no order"))?;
+        let incoming = Incoming {
+            migration: order.migration,
+            host: order.source.clone(),
+            regions: Vec::new(),
+            digest_seed: self.digest_seed,
+            streams: u16::try_from(self.streams).unwrap_or(u16::MAX),
+            device_state_max: self.agent.config.limits.device_state.bytes(),
+        };
+        self.handed_over += 1;
+        let (number, sender) = (self.handed_over, self.sender.clone());
+        let report = move |event| {
+            // A session that has ended wants no reports.
+            let _ = sender.send(DestinationEvent::Streams(number, event));
+        };
+        let network = &self.agent.network;
+        let streams = Arc::new(network.incoming(incoming, ram.as_ref(), report)?);
+        if let Some(missing) = self.missing.get() {
+            let waits = streams.wait(missing.as_ref()).and_then(Pending::done);
+            waits.map_err(|error| Reason::new("connection", chain(&error)))?;
         }
-        let context = exporter_context(opening.migration, opening.index);
-        let exporter = stream.exporter(&context).map_err(|_| "no exporter")?;
-        if !opening.holds(&expected.secret, &exporter) {
-            return Err("its proof does not hold");
-        }
-        *slot = Some(Inbound::new(stream));
-        if expected.streams.iter().all(Option::is_some) {
-            let result = self.start_streams();
-            if let Some((op, result)) = result {
-                self.report(op, result);
-            }
-        }
-        Ok(())
+        self.streams_in = Some(Arc::clone(&streams));
+        Ok(streams)
     }
 
-    fn start_streams(&mut self) -> Option<(Op, Result<DestinationDone, Failure>)> {
-        let Expected {
-            op,
-            streams,
-            urgent,
-            layout,
-            ..
-        } = self.expected.take()?;
-        let Some(ram) = self.ram.clone() else {
-            return Some((op, Err(missing("container"))));
-        };
-        let generation = self.generation;
-        // After a reconnection the pages go where they went before.
-        let shared = self.shared.take().unwrap_or_else(|| {
-            Arc::new(Shared {
-                ram,
-                digests: Digests::new(&layout, self.digest_seed),
-                received: Received::new(&layout),
-                layout,
-                device_state: DeviceState::new(self.agent.config.limits.device_state.bytes()),
-                guest_bytes: Default::default(),
-                streams: streams.len() - usize::from(urgent),
-                waiting: Default::default(),
-                references: AtomicBool::new(true),
-            })
-        });
-        self.shared = Some(Arc::clone(&shared));
-        for (index, mut inbound) in (0..).zip(streams.into_iter().flatten()) {
-            let (shared, sender) = (Arc::clone(&shared), self.sender.clone());
-            let socket = inbound.socket().map(|socket| self.sockets.push(socket));
-            let work = move || {
-                receive(&mut inbound, index, &shared, &|report| {
-                    // A session that has ended wants no reports.
-                    let _ = sender.send(DestinationEvent::Data(generation, report));
-                });
-                // Whatever the reason was: the other end must not go on sending to nobody.
-                inbound.close();
-            };
-            if let Err(error) = socket.and_then(|()| {
-                thread::Builder::new()
-                    .name(format!("receive-{index}"))
-                    .spawn(work)
-                    .map(|thread| self.receivers.push(thread))
-            }) {
-                let reason = Reason::new("internal", format!("no thread for a stream: {error}"));
-                return Some((
-                    op,
-                    Err(Failure {
-                        reason,
-                        vm_gone: false,
-                    }),
-                ));
+    fn expect_streams(&mut self, count: u16, secret: StreamSecret) -> Result<(), Reason> {
+        let expected = self.make_streams()?;
+        let expected = expected.expect(self.generation, count, secret);
+        expected.map_err(|error| Reason::new("connection", chain(&error)))
+    }
+
+    fn streams_told(&mut self, now: Time, event: InEvent) {
+        match event {
+            InEvent::Open(generation) if generation == self.generation => {
+                if let Some(op) = self.expected.take() {
+                    self.report(op, Ok(DestinationDone::Done));
+                }
             }
+            InEvent::RoundEnd {
+                generation,
+                round,
+                last,
+            } if generation == self.generation => self.round_end(now, round, last),
+            InEvent::Drained {
+                generation,
+                post_copy,
+            } if generation == self.generation => self.stream_drained(now, post_copy),
+            InEvent::Pushed(generation) if generation == self.generation => {
+                debug!("a stream has delivered all");
+                self.pushed += 1;
+                // With the one for pages that the VM waits for.
+                if self.pushed == self.streams + 1 {
+                    self.engine.handle_pushed(now);
+                }
+            }
+            InEvent::Failed {
+                generation,
+                broken_link,
+                why,
+            } if generation == self.generation => {
+                self.streams_failed(now, Reason::new("data-stream", why), broken_link);
+            }
+            InEvent::Lost => {
+                warn!("the streams of this migration are lost with the network process");
+                self.streams_in = None;
+                // What has arrived is in the VM's memory; its digests are gone.
+                self.comparable = false;
+                let reason = Reason::new("data-stream", "the network process ended");
+                // Nor can what arrives from now on be verified before the VM runs here.
+                self.streams_failed(now, reason, false);
+            }
+            // Of streams that were closed meanwhile.
+            _ => {}
         }
-        Some((op, Ok(DestinationDone::Done)))
+    }
+
+    fn streams_failed(&mut self, now: Time, reason: Reason, broken_link: bool) {
+        if self.engine.is_post_copy() && !self.engine.may_discard() {
+            // The VM runs on what it has; the source dials again.
+            warn!(%reason, "a data stream broke");
+            self.engine.handle_connection_lost(now, reason);
+        } else if broken_link && self.engine.may_discard() {
+            self.engine.handle_connection_lost(now, reason);
+        } else {
+            self.engine.handle_abort(now, reason);
+        }
     }
 
     /// One more stream has delivered what was written until the pause.
@@ -667,7 +650,7 @@ impl DestinationSession {
         if self.drained.len() < self.streams {
             return;
         }
-        if self.drained.iter().any(|other| *other != post_copy) {
+        if self.drained.len() > self.streams || self.drained.iter().any(|o| *o != post_copy) {
             let reason = Reason::new("peer-misbehaved", "streams contradict each other");
             self.engine.handle_abort(now, reason);
             return;
@@ -685,10 +668,6 @@ impl DestinationSession {
         if self.delivered == self.streams {
             self.delivered = 0;
             self.round = round;
-            if let Some(shared) = &self.shared {
-                // The source sends nothing of the next before it knows.
-                shared.received.forget();
-            }
             fail_point(if last {
                 "destination-last-round"
             } else {
@@ -699,22 +678,13 @@ impl DestinationSession {
     }
 
     fn close_streams(&mut self) {
-        for socket in self.sockets.drain(..) {
-            // One that is closed already is as good.
-            let _ = socket.shutdown(Shutdown::Both);
+        if let Some(streams) = &self.streams_in {
+            streams.close();
         }
         self.expected = None;
-        let receivers = std::mem::take(&mut self.receivers);
-        if self.engine.is_waiting_for_source() {
-            // What they wrote late would lie over what the next ones bring. They wait for nothing but their sockets.
-            for thread in receivers {
-                // One that panicked writes nothing any more either.
-                let _ = thread.join();
-            }
-        }
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
         let phase = match self.engine.phase() {
             DestinationPhase::Preparing => Phase::Preparing,
             DestinationPhase::Reserving => Phase::Reserving,
@@ -725,10 +695,10 @@ impl DestinationSession {
             DestinationPhase::Finishing | DestinationPhase::Ended => Phase::Erasing,
         };
         let now = self.agent.now();
-        let guest = self
-            .shared
-            .as_ref()
-            .map_or(0, |s| s.guest_bytes.load(Ordering::Relaxed));
+        if let Some(streams) = &self.streams_in {
+            self.guest_bytes = self.guest_bytes.max(streams.guest_bytes());
+        }
+        let guest = self.guest_bytes;
         self.tracked.update(|info| {
             info.phase = phase;
             info.rounds = self.engine.rounds();
@@ -739,7 +709,7 @@ impl DestinationSession {
         });
     }
 
-    fn finish(self, ending: &DestinationEnding) {
+    fn finish(mut self, ending: &DestinationEnding) {
         self.publish();
         let (outcome, reason) = match ending {
             DestinationEnding::Owned => (Outcome::Completed, None),
@@ -797,6 +767,13 @@ fn tell(channel: &Channel, layout: &RamLayout, pages: &PageSet) -> bool {
         }
     }
     true
+}
+
+fn streams_failure(error: &StreamsError) -> Failure {
+    Failure {
+        reason: Reason::new("data-stream", chain(error)),
+        vm_gone: false,
+    }
 }
 
 fn missing(what: &str) -> Failure {

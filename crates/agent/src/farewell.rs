@@ -12,7 +12,7 @@ use tracing::{debug, warn};
 
 use crate::agent::Agent;
 use crate::channel::{Channel, ChannelError};
-use crate::source_session::dial;
+use crate::dial::dial;
 
 /// Pause between two attempts.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -41,16 +41,15 @@ pub fn begin(agent: &Arc<Agent>, order: &Order, reason: Option<Reason>) {
 
 /// True where there is nothing more to tell.
 fn tell(agent: &Agent, order: &Order, reason: &Reason) -> bool {
-    let connection = match dial(agent, &order.destination, false) {
-        Ok(connection) => connection,
-        Err(error) => {
-            debug!(%error, "the destination cannot be told that the migration has ended");
+    let channel = match dial(agent, &order.destination) {
+        Ok(channel) => channel,
+        Err(reason) => {
+            debug!(%reason, "the destination cannot be told that the migration has ended");
             return false;
         }
     };
-    let told = Channel::new(connection)
-        .map_err(ChannelError::from)
-        .and_then(|channel| say(&channel, order, reason));
+    let told = say(&channel, order, reason);
+    channel.close();
     if let Err(error) = &told {
         debug!(%error, "the destination cannot be told that the migration has ended");
     }
@@ -58,7 +57,7 @@ fn tell(agent: &Agent, order: &Order, reason: &Reason) -> bool {
 }
 
 fn say(channel: &Channel, order: &Order, reason: &Reason) -> Result<(), ChannelError> {
-    channel.set_receive_timeout(Some(PATIENCE))?;
+    channel.set_receive_timeout(Some(PATIENCE));
     channel.send(&Message::Hello(Hello::ours(crate::SOFTWARE)))?;
     channel.receive()?;
     channel.send(&Message::Query(Query {

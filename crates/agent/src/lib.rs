@@ -3,12 +3,14 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod chain;
 pub mod channel;
 pub mod crowd;
 pub mod data_receive;
 pub mod data_send;
 pub mod destination_session;
 pub mod device_state;
+pub mod dial;
 pub mod digest;
 pub mod fail_point;
 pub mod farewell;
@@ -16,6 +18,8 @@ pub mod http;
 pub mod identity;
 pub mod listener;
 pub mod metrics;
+pub mod net;
+pub mod network;
 pub mod operations;
 pub mod pace;
 pub mod received;
@@ -24,6 +28,8 @@ pub mod reduction;
 pub mod source_session;
 pub mod store;
 pub mod stream_proof;
+pub mod streams_in;
+pub mod streams_out;
 pub mod tls;
 pub mod tracked;
 pub mod waiting;

@@ -1,13 +1,11 @@
 //! Connections from other hosts.
 
-use std::fmt::Display;
-use std::io;
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use aws_lc_rs::rand;
 use palanquin_api::control::Side;
@@ -20,19 +18,18 @@ use palanquin_engine::message::{
 use palanquin_engine::order::{Order, OrderError};
 use palanquin_engine::pages::PAGE_BYTES;
 use palanquin_engine::{Destination, DestinationConfig, DestinationRecord, Message};
-use rustls::Connection;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use crate::agent::Agent;
 use crate::channel::{BACKLOG_MAX, Channel, ChannelError};
-use crate::crowd::{Complaints, Crowd, Place, one_address};
+use crate::crowd::{Complaints, Crowd, Place};
 use crate::destination_session::{
     DestinationEvent, DestinationSession, descriptor_of, wire_blocker,
 };
+use crate::net::protocol::Listen;
 use crate::recovery;
 use crate::source_session::chain;
-use crate::stream_proof::{OPENING_BYTES, Opening};
-use crate::tls::{Authenticated, HANDSHAKE_DEADLINE};
+use crate::tls::HANDSHAKE_DEADLINE;
 use crate::tracked::{Session, Tracked, info_of};
 
 /// Most data streams accepted for one migration.
@@ -40,190 +37,93 @@ const STREAMS_MAX: u16 = 16;
 /// Longest wait for a session to decide, when its source asks.
 const DECISION_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// Accepts connections for ever on a thread of its own.
-///
-/// # Errors
-///
-/// No thread can be had.
-pub fn start(agent: &Arc<Agent>, listener: TcpListener) -> io::Result<()> {
-    let door = Door::new(agent);
-    thread::Builder::new()
-        .name("accept".to_owned())
-        .spawn(move || {
-            loop {
-                match listener.accept() {
-                    Ok((tcp, address)) => door.open(tcp, address),
-                    Err(error) => {
-                        door.complain("a connection could not be accepted", &error, &"");
-                        // Out of descriptors, most likely: other connections have to end first.
-                        let pause = rustix::event::Timespec {
-                            tv_sec: 0,
-                            tv_nsec: 100_000_000,
-                        };
-                        let _ = rustix::event::poll(&mut [], Some(&pause));
-                    }
-                }
-            }
-        })?;
-    Ok(())
+/// Serves the connections that the network process accepts at this socket, each on a thread of its own.
+pub fn start(agent: &Arc<Agent>, listener: TcpListener) {
+    let limits = &agent.config.limits;
+    let listen = Listen {
+        pending: limits.max_pending,
+        per_address: limits.max_pending_per_address,
+        per_host: limits.max_pending_per_host,
+        migrations: limits.max_inbound,
+    };
+    let door = Arc::new(Door::new(&listen));
+    let serving = Arc::downgrade(agent);
+    let arrived = move |channel: Channel| {
+        if let Some(agent) = serving.upgrade() {
+            door.open(agent, channel);
+        }
+    };
+    agent.network.listen(listener, listen, Box::new(arrived));
 }
 
-/// Bounds what strangers, and hosts that belong to no migration, can make this agent hold.
+/// Bounds what hosts that belong to no migration can make this agent hold, and so what its network process can.
 struct Door {
-    agent: Arc<Agent>,
-    /// Connections whose other end is not known yet, by address.
-    strangers: Arc<Crowd<IpAddr, TcpStream>>,
     /// Connections of hosts that are not part of a migration, by the name in the certificate.
-    hosts: Arc<Crowd<String, TcpStream>>,
+    hosts: Arc<Crowd<String, Arc<Channel>>>,
     /// Threads that serve a connection, and the most there may be.
-    threads: AtomicUsize,
+    threads: Arc<AtomicUsize>,
     threads_max: usize,
-    complaints: Complaints,
+    complaints: Arc<Complaints>,
 }
 
 impl Door {
-    fn new(agent: &Arc<Agent>) -> Arc<Self> {
+    fn new(limits: &Listen) -> Self {
         let count = |limit: u32| usize::try_from(limit).unwrap_or(usize::MAX);
-        let limits = &agent.config.limits;
-        let most = count(limits.max_pending);
-        Arc::new(Self {
-            agent: Arc::clone(agent),
-            strangers: Crowd::new(most, count(limits.max_pending_per_address)),
-            hosts: Crowd::new(most, count(limits.max_pending_per_host)),
-            threads: AtomicUsize::new(0),
-            // Both crowds, the threads of those that have just left them, and the migrations.
-            threads_max: 3 * most + 2 * count(limits.max_inbound),
-            complaints: Complaints::default(),
-        })
+        let most = count(limits.pending);
+        Self {
+            hosts: Crowd::new(most, count(limits.per_host)),
+            threads: Arc::default(),
+            // The crowd, the threads of those that have just left it, and the migrations.
+            threads_max: 2 * most + 2 * count(limits.migrations),
+            complaints: Arc::default(),
+        }
     }
 
-    fn open(self: &Arc<Self>, tcp: TcpStream, address: SocketAddr) {
+    fn open(&self, agent: Arc<Agent>, channel: Channel) {
+        let peer = channel.peer.name.clone();
         if self.threads.fetch_add(1, Ordering::Relaxed) >= self.threads_max {
             self.threads.fetch_sub(1, Ordering::Relaxed);
-            return self.complain("closed at once", &"too many connections", &address);
+            let why = "too many connections";
+            return self.complaints.complain("closed at once", &why, &peer);
         }
-        let guard = Thread(Arc::clone(self));
-        let socket = match tcp.try_clone() {
-            Ok(socket) => socket,
-            Err(error) => return self.complain("closed at once", &error, &address),
-        };
-        let (place, left) = self.strangers.enter(one_address(address.ip()), socket);
-        if let Some((from, socket)) = left {
+        let guard = Thread(Arc::clone(&self.threads));
+        let channel = Arc::new(channel);
+        let (place, left) = self.hosts.enter(peer.clone(), Arc::clone(&channel));
+        if let Some((from, channel)) = left {
             // Its thread notices.
-            let _ = socket.shutdown(Shutdown::Both);
-            let what = "too many connections that have not authenticated themselves";
-            self.complain("closed the oldest", &what, &from);
+            channel.close();
+            let why = "too many connections that belong to no migration";
+            self.complaints.complain("closed the oldest", &why, &from);
         }
+        let (complaints, name) = (Arc::clone(&self.complaints), peer.clone());
         let work = move || {
-            let guard = guard;
-            guard.0.serve(tcp, &address, place);
+            let _guard = guard;
+            match converse(&agent, &channel, place) {
+                Ok(()) | Err(ChannelError::Closed) => {}
+                Err(error) => {
+                    let why = chain(&error);
+                    complaints.complain("a control connection ended", &why, &name);
+                }
+            }
         };
         if let Err(error) = thread::Builder::new().name("peer".to_owned()).spawn(work) {
-            self.complain("no thread for a connection", &error, &address);
-        }
-    }
-
-    /// Says what a stranger did wrong, but not a thousand times.
-    fn complain(&self, what: &str, why: &dyn Display, address: &dyn Display) {
-        let (told, untold) = self.complaints.count(Instant::now());
-        if untold > 0 {
-            warn!(
-                untold,
-                "more connections were refused in the seconds before"
-            );
-        }
-        if told {
-            warn!(%address, %why, "{what}");
-        }
-    }
-
-    fn serve(&self, tcp: TcpStream, address: &SocketAddr, place: Place<IpAddr, TcpStream>) {
-        let agent = &self.agent;
-        let authenticated = match agent.tls.accept(tcp) {
-            Ok(authenticated) => authenticated,
-            Err(error) if error.is_refusal() => {
-                return self.complain("connection refused", &chain(&error), address);
-            }
-            Err(error) => return self.complain("no handshake", &chain(&error), address),
-        };
-        let peer = authenticated.peer.name.clone();
-        debug!(peer, data = authenticated.is_data(), "connected");
-        let socket = match authenticated.tcp.try_clone() {
-            Ok(socket) => socket,
-            Err(error) => return self.complain("closed at once", &error, address),
-        };
-        let (host, left) = self.hosts.enter(peer, socket);
-        drop(place);
-        if let Some((from, socket)) = left {
-            let _ = socket.shutdown(Shutdown::Both);
-            let what = "too many connections that belong to no migration";
-            self.complain("closed the oldest", &what, &from);
-        }
-        if authenticated.is_data() {
-            match read_opening(authenticated) {
-                Ok((stream, opening)) => agent.route_stream(stream, opening),
-                Err(error) => self.complain("a data stream did not open", &error, address),
-            }
-            return;
-        }
-        let result = Channel::new(authenticated)
-            .map_err(ChannelError::from)
-            .and_then(|channel| converse(agent, &Arc::new(channel), host));
-        match result {
-            Ok(()) | Err(ChannelError::Closed) => {}
-            Err(error) => self.complain("a control connection ended", &chain(&error), address),
+            self.complaints
+                .complain("no thread for a connection", &error, &peer);
         }
     }
 }
 
 /// Counts a thread for as long as it serves a connection.
-struct Thread(Arc<Door>);
+struct Thread(Arc<AtomicUsize>);
 
 impl Drop for Thread {
     fn drop(&mut self) {
-        self.0.threads.fetch_sub(1, Ordering::Relaxed);
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 /// A connection of a host, as long as it belongs to no migration.
-type Waiting = Place<String, TcpStream>;
-
-fn read_opening(mut stream: Authenticated) -> io::Result<(Authenticated, Opening)> {
-    use std::io::Read;
-
-    let deadline = Instant::now() + HANDSHAKE_DEADLINE;
-    let mut bytes = [0; OPENING_BYTES];
-    let mut filled = 0;
-    while filled < OPENING_BYTES {
-        match stream.connection.reader().read(&mut bytes[filled..]) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => {
-                filled += count;
-                continue;
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        stream.tcp.set_read_timeout(Some(left))?;
-        if stream.connection.read_tls(&mut stream.tcp)? == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        process(&mut stream.connection)?;
-    }
-    stream.tcp.set_read_timeout(None)?;
-    Ok((stream, Opening::decode(&bytes)))
-}
-
-fn process(connection: &mut Connection) -> io::Result<()> {
-    connection
-        .process_new_packets()
-        .map(drop)
-        .map_err(io::Error::other)
-}
+type Waiting = Place<String, Arc<Channel>>;
 
 /// Serves a control connection: a greeting, then questions or one offer.
 fn converse(
@@ -231,7 +131,7 @@ fn converse(
     channel: &Arc<Channel>,
     waiting: Waiting,
 ) -> Result<(), ChannelError> {
-    channel.set_receive_timeout(Some(HANDSHAKE_DEADLINE))?;
+    channel.set_receive_timeout(Some(HANDSHAKE_DEADLINE));
     let Message::Hello(hello) = channel.receive()? else {
         return out_of_turn(channel, "a greeting was expected");
     };
@@ -251,7 +151,7 @@ fn converse(
                     // The session answers, and has the connection from now on.
                     Answer::Rejoined(events, generation) => {
                         drop(waiting);
-                        channel.set_receive_timeout(None)?;
+                        channel.set_receive_timeout(None);
                         forward(channel, &events, generation);
                         return Ok(());
                     }
@@ -422,7 +322,7 @@ fn arrive(
     if !agent.track_new(order.migration, &tracked) {
         return refuse(channel, &order, &OrderError::Replayed);
     }
-    channel.set_receive_timeout(None)?;
+    channel.set_receive_timeout(None);
     let session = DestinationSession::new(agent, engine, &offer, channel, &tracked, sender.clone());
     let session = session.inspect_err(|_| agent.untrack(order.migration))?;
     drop(waiting);
@@ -497,22 +397,22 @@ fn channel_of<T>() -> (Sender<T>, std::sync::mpsc::Receiver<T>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::channel::tests::pair;
+    use crate::channel::tests::{arrives, channel as channel_and_process, sent};
 
     #[test]
     fn who_breaks_the_protocol_is_not_told_that_anything_was_discarded() {
-        let (client, server) = pair();
-        out_of_turn(&server, "another message was expected").unwrap();
-        assert!(matches!(client.receive(), Ok(Message::Abort(_))));
+        let (channel, process) = channel_and_process();
+        out_of_turn(&channel, "another message was expected").unwrap();
+        assert!(matches!(sent(&process), Message::Abort(_)));
     }
 
     #[test]
     fn whoever_sends_faster_than_the_session_works_waits() {
-        let (client, server) = pair();
+        let (channel, process) = channel_and_process();
         let (sender, events) = channel_of();
-        let forwarding = thread::spawn(move || forward(&server, &sender, 0));
+        let forwarding = thread::spawn(move || forward(&channel, &sender, 0));
         for _ in 0..10 * BACKLOG_MAX {
-            client.send(&Message::Ping).unwrap();
+            arrives(&process, &Message::Ping);
         }
         for _ in 0..3 {
             let mut messages = 0;

@@ -11,14 +11,24 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use palanquin_agent::agent::Agent;
+use palanquin_agent::chain::chain;
+use palanquin_agent::net::process::{self, ARGUMENT};
+use palanquin_agent::network::{Network, Settings};
 use palanquin_agent::store::Store;
-use palanquin_agent::tls::Tls;
+use palanquin_agent::tls::Material;
 use palanquin_agent::{http, listener, recovery};
-use palanquin_api::config::AgentConfig;
-use palanquin_host::qemu::Qemu;
+use palanquin_api::config::{AgentConfig, Privileges};
+use palanquin_host::qemu::{Confinement, Qemu};
+use palanquin_host::users::User;
+use palanquin_host::vm::Hypervisor;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
+
+/// User as whom the network process runs, where there is one.
+const NETWORK_USER: &str = "palanquin-net";
+/// User that hypervisors become, where there is one.
+const QEMU_USER: &str = "palanquin-qemu";
 
 /// Agent that moves VMs between this host and others
 #[derive(Parser)]
@@ -33,19 +43,28 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let filter =
-        EnvFilter::try_from_env("PALANQUIN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
-    if arguments.log_json {
-        log.json().init();
-    } else {
-        log.init();
+    let mut words = std::env::args().skip(1);
+    match words.next().as_deref() {
+        Some(ARGUMENT) => return network_process(&words.collect::<Vec<_>>()),
+        #[cfg(feature = "fail-points")]
+        Some(palanquin_agent::net::attempt::ARGUMENT) => {
+            let words: Vec<String> = words.collect();
+            return match palanquin_agent::net::attempt::attempt(&words) {
+                Ok(text) => {
+                    println!("{text}");
+                    ExitCode::SUCCESS
+                }
+                Err(problem) => {
+                    eprintln!("{problem}");
+                    ExitCode::from(1)
+                }
+            };
+        }
+        _ => {}
     }
-    match run(&arguments.config) {
+    let arguments = Arguments::parse();
+    start_log(arguments.log_json);
+    match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(problem) => {
             eprintln!("error: palanquind cannot start: {problem}");
@@ -58,6 +77,33 @@ fn main() -> ExitCode {
             );
             ExitCode::from(1)
         }
+    }
+}
+
+/// The process that talks to other hosts, started by the agent and by nobody else.
+fn network_process(words: &[String]) -> ExitCode {
+    let (numbers, options) = words.split_at(words.len().min(3));
+    start_log(options.iter().any(|word| word == "--log-json"));
+    match process::run(numbers) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(problem) => {
+            tracing::error!(problem = chain(&problem), "the network process ends");
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn start_log(json: bool) {
+    let filter =
+        EnvFilter::try_from_env("PALANQUIN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
+    if json {
+        log.json().init();
+    } else {
+        log.init();
     }
 }
 
@@ -84,8 +130,46 @@ fn allow_open_files() {
     }
 }
 
-fn run(path: &Path) -> Result<()> {
+/// What hypervisors may not do.
+fn confinement(config: &AgentConfig) -> Result<Confinement> {
+    let user = match &config.qemu.user {
+        Some(name) => Some(
+            User::find(name).with_context(|| format!("`qemu.user`: there is no user {name:?}"))?,
+        ),
+        None => User::find(QEMU_USER),
+    };
+    Ok(Confinement {
+        user,
+        no_sandbox: !config.qemu.sandbox,
+    })
+}
+
+/// As whom the network process runs.
+fn network_settings(config: &AgentConfig, log_json: bool) -> Result<Settings> {
+    let Privileges {
+        network_user,
+        require,
+    } = &config.privileges;
+    let user = match network_user {
+        Some(name) => User::find(name)
+            .with_context(|| format!("`privileges.network-user`: there is no user {name:?}"))?,
+        None => User::find(NETWORK_USER).unwrap_or_else(|| {
+            tracing::info!("there is no user {NETWORK_USER}: nobody talks to other hosts");
+            User::nobody()
+        }),
+    };
+    Ok(Settings {
+        user: user.uid,
+        group: user.gid,
+        log_json,
+        require: *require,
+    })
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    // Also for the network process, which inherits it.
     allow_open_files();
+    let path = &arguments.config;
     let text =
         fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let config = AgentConfig::from_toml(&text)
@@ -100,13 +184,12 @@ fn run(path: &Path) -> Result<()> {
             config.tls.key.display()
         );
     }
-    let tls = Tls::load(
-        &config.tls.ca,
-        &config.tls.certificate,
-        &config.tls.key,
-        &config.name,
-    )
-    .context("the identity of this host is not usable")?;
+    let tls = &config.tls;
+    let material = Material::load(&tls.ca, &tls.certificate, &tls.key, &config.name)
+        .context("the identity of this host is not usable")?;
+    material
+        .check()
+        .context("the identity of this host is not usable")?;
     directory(&config.state_dir)?;
     directory(&config.runtime_dir)?;
     let state = config.state_dir.join("palanquin.db");
@@ -119,11 +202,24 @@ fn run(path: &Path) -> Result<()> {
     let qemu = Qemu::new(
         config.qemu.binary.clone(),
         config.qemu.allowed_paths.clone(),
-    );
-    let agent = Agent::new(config, tls, store, Arc::new(qemu));
-    tracing::info!(identity = %agent.tls.identity, %address, "starting");
+    )
+    .confined(confinement(&config)?);
+    tracing::info!(identity = %material.identity, %address, "starting");
+    for lack in qemu.unconfined() {
+        if config.privileges.require {
+            bail!("`privileges.require` is set, and this host lacks: {lack}");
+        }
+        tracing::warn!(
+            lack,
+            "hypervisors have privileges that they should not have"
+        );
+    }
+    let settings = network_settings(&config, arguments.log_json)?;
+    let network =
+        Network::start(settings, material).context("there is no process to talk to other hosts")?;
+    let agent = Agent::new(config, network, store, Arc::new(qemu));
     recovery::recover(&agent).context("the state of this host cannot be recovered")?;
-    listener::start(&agent, socket).context("no thread for connections")?;
+    listener::start(&agent, socket);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

@@ -25,9 +25,9 @@ use palanquin_host::vm::{Disk, Machine, Network, Obstacle, RunState, Vm};
 use uuid::Uuid;
 
 use crate::agent::{Agent, Entry};
-use crate::channel::Channel;
+use crate::dial::dial;
 use crate::fail_point::fail_point;
-use crate::source_session::{SourceEvent, SourceParams, chain, dial};
+use crate::source_session::{SourceEvent, SourceParams, chain};
 use crate::store::StoredVm;
 use crate::tracked::{Session, api_blocker, info_of};
 
@@ -109,7 +109,7 @@ impl Agent {
         let problem = |e: palanquin_host::Error| internal("this machine can't be looked at", &e);
         Ok(HostInfo {
             name: self.config.name.clone(),
-            spiffe_id: self.tls.identity.to_string(),
+            spiffe_id: self.network.identity().to_string(),
             version: crate::SOFTWARE.to_owned(),
             qemu_version: self.hypervisor.version().ok(),
             kernel: facts::kernel_release(),
@@ -118,6 +118,8 @@ impl Agent {
                 .memory_for(MigrationId([0; 16]))
                 .map_err(|e| internal("this machine can't be looked at", &e))?,
             peers: self.config.hosts.keys().cloned().collect(),
+            network_pid: self.network.pid(),
+            unconfined: self.unconfined(),
         })
     }
 
@@ -562,6 +564,7 @@ impl Agent {
     pub fn doctor(&self, request: &DoctorRequest) -> Answer<DoctorReport> {
         let mut report = DoctorReport::default();
         self.examine_host(&mut report);
+        self.examine_confinement(&mut report);
         let mut offer = None;
         if let Some(name) = &request.vm {
             let entry = self.named(name)?;
@@ -621,6 +624,28 @@ impl Agent {
         }
     }
 
+    /// What this host lacks for our processes to be confined.
+    fn unconfined(&self) -> Vec<String> {
+        let network = self.network.lacks();
+        let network = network
+            .iter()
+            .map(|lack| format!("network process: {lack}"));
+        network.chain(self.hypervisor.unconfined()).collect()
+    }
+
+    fn examine_confinement(&self, report: &mut DoctorReport) {
+        let lacks = self.unconfined();
+        if lacks.is_empty() {
+            let text = "what talks to other hosts, and QEMU, run without privileges";
+            report.passed.push(text.to_owned());
+        }
+        // They stand in nothing's way, but should be known.
+        let lacks = lacks.into_iter();
+        report
+            .passed
+            .extend(lacks.map(|lack| format!("warning: not confined as it should be: {lack}")));
+    }
+
     fn examine_peer(&self, to: &str, offer: Option<Offer>, report: &mut DoctorReport) {
         let mut found = |code: &str, message: String, remedy: &str| {
             report.blockers.push(Blocker {
@@ -630,33 +655,32 @@ impl Agent {
                 remedy: remedy.to_owned(),
             });
         };
-        let connection = match dial(self, to, false) {
-            Ok(connection) => connection,
+        let channel = match dial(self, to) {
+            Ok(channel) => channel,
             Err(reason) => {
                 let remedy = "Is its agent running, its address right, and its certificate from the same \
                               authority?";
                 return found(&reason.code, reason.message, remedy);
             }
         };
-        let answer = Channel::new(connection)
-            .map_err(Into::into)
-            .and_then(|channel| {
-                channel.set_receive_timeout(Some(Duration::from_secs(20)))?;
-                channel.send(&Message::Hello(Hello::ours(crate::SOFTWARE)))?;
-                let greeting = channel.receive()?;
-                let Some(offer) = offer else {
-                    return Ok((channel, greeting, None));
-                };
-                channel.send(&Message::Check(offer))?;
-                let reply = channel.receive()?;
-                Ok::<_, crate::channel::ChannelError>((channel, greeting, Some(reply)))
-            });
+        channel.set_receive_timeout(Some(Duration::from_secs(20)));
+        let converse = || {
+            channel.send(&Message::Hello(Hello::ours(crate::SOFTWARE)))?;
+            let greeting = channel.receive()?;
+            let Some(offer) = offer else {
+                return Ok((greeting, None));
+            };
+            channel.send(&Message::Check(offer))?;
+            let reply = channel.receive()?;
+            Ok::<_, crate::channel::ChannelError>((greeting, Some(reply)))
+        };
+        let answer = converse();
         match answer {
             Err(problem) => {
                 let remedy = "Look at the log of the destination's agent: it names why it refuses.";
                 found("refused", chain(&problem), remedy);
             }
-            Ok((_, Message::HelloReply(reply), _)) if reply.version.is_none() => {
+            Ok((Message::HelloReply(reply), _)) if reply.version.is_none() => {
                 let message = format!("no common version of the protocol with {}", reply.software);
                 found(
                     "protocol-version",
@@ -664,7 +688,7 @@ impl Agent {
                     "Upgrade the older of the two agents.",
                 );
             }
-            Ok((channel, _, reply)) => {
+            Ok((_, reply)) => {
                 report.passed.push(format!(
                     "host {to:?} answers ({}, {})",
                     channel.cipher, channel.key_exchange
@@ -678,9 +702,9 @@ impl Agent {
                     }
                     _ => {}
                 }
-                channel.close();
             }
         }
+        channel.close();
     }
 }
 

@@ -1,6 +1,6 @@
 //! Pages that have arrived since the last whole round, so that a source that comes back need not send them again.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use palanquin_engine::pages::{Block, PageSet, RamLayout};
 
@@ -8,6 +8,10 @@ use palanquin_engine::pages::{Block, PageSet, RamLayout};
 pub struct Received {
     layout: RamLayout,
     regions: Vec<Vec<AtomicU64>>,
+    /// Streams that have delivered their part of the round.
+    delivered: AtomicUsize,
+    /// The last round that has arrived whole.
+    whole: AtomicU32,
 }
 
 impl Received {
@@ -20,6 +24,8 @@ impl Received {
         Self {
             layout: layout.clone(),
             regions,
+            delivered: AtomicUsize::new(0),
+            whole: AtomicU32::new(0),
         }
     }
 
@@ -35,16 +41,34 @@ impl Received {
         }
     }
 
-    /// The round has arrived whole: the next begins.
-    pub fn forget(&self) {
+    /// One of so many streams has delivered its part of the round. Behind the last of them the next round begins; to be
+    /// called before that stream tells so, because the source then sends of the next.
+    pub fn round_end(&self, round: u32, streams: usize) {
+        // What the others have marked comes before.
+        if self.delivered.fetch_add(1, Ordering::AcqRel) + 1 < streams {
+            return;
+        }
+        self.delivered.store(0, Ordering::Relaxed);
+        self.whole.store(round, Ordering::Relaxed);
         for word in self.regions.iter().flatten() {
             word.store(0, Ordering::Relaxed);
         }
     }
 
-    /// The pages.
-    pub fn pages(&self) -> PageSet {
+    /// Streams are opened anew: what was said of a round that is not whole does not count.
+    pub fn begin(&self) {
+        self.delivered.store(0, Ordering::Relaxed);
+    }
+
+    /// The pages of the round after so many whole ones. All, where it has arrived whole and the session does not know that.
+    pub fn pages(&self, rounds: u32) -> PageSet {
         let mut pages = PageSet::empty(&self.layout);
+        if self.whole.load(Ordering::Relaxed) > rounds {
+            for region in 0..self.layout.regions() {
+                pages.insert(region, 0..self.layout.pages(region));
+            }
+            return pages;
+        }
         for (region, words) in self.regions.iter().enumerate() {
             for (first, word) in (0..).step_by(64).zip(words) {
                 let word = word.load(Ordering::Relaxed);
@@ -65,7 +89,7 @@ mod tests {
     fn what_was_marked_is_there_until_the_round_is_whole() {
         let layout = RamLayout::new(vec![600, 3]).unwrap();
         let received = Received::new(&layout);
-        assert!(received.pages().is_empty());
+        assert!(received.pages(0).is_empty());
         let block = Block {
             region: 0,
             index: 2,
@@ -78,12 +102,40 @@ mod tests {
             mask: [0b101, 0, 0, 0],
         });
         received.mark(&Block { region: 7, ..block });
-        let pages = received.pages();
+        received.round_end(1, 2);
+        let pages = received.pages(0);
         assert_eq!(pages.len(), 4);
         for (region, page) in [(0, 512), (0, 599), (1, 0), (1, 2)] {
             assert!(pages.contains(region, page), "{region} {page}");
         }
-        received.forget();
-        assert!(received.pages().is_empty());
+        received.round_end(1, 2);
+        assert!(received.pages(1).is_empty());
+    }
+
+    #[test]
+    fn a_round_is_whole_when_all_streams_of_the_same_connection_have_delivered_it() {
+        let layout = RamLayout::new(vec![600]).unwrap();
+        let received = Received::new(&layout);
+        let block = Block {
+            region: 0,
+            index: 0,
+            mask: [1; 4],
+        };
+        received.mark(&block);
+        received.round_end(1, 2);
+        received.begin();
+        received.round_end(1, 2);
+        assert_eq!(received.pages(0).len(), 4);
+        received.round_end(1, 2);
+        assert!(received.pages(1).is_empty());
+    }
+
+    #[test]
+    fn of_a_round_that_is_whole_and_not_known_to_be_nothing_is_missing() {
+        let layout = RamLayout::new(vec![600, 3]).unwrap();
+        let received = Received::new(&layout);
+        received.round_end(1, 1);
+        assert_eq!(received.pages(0).len(), 603);
+        assert!(received.pages(1).is_empty());
     }
 }

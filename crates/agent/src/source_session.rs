@@ -3,7 +3,6 @@
 mod vm_worker;
 
 use std::collections::HashMap;
-use std::io::Write;
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,6 +14,7 @@ use palanquin_api::control::{Compress, Decision, Downtime, FaultWait, Outcome, P
 use palanquin_engine::ids::StreamSecret;
 use palanquin_engine::message::{Reason, Verdict};
 use palanquin_engine::pages::{PAGE_BYTES, PageSet, RamLayout};
+use palanquin_engine::progress::SentCounters;
 use palanquin_engine::source::{
     AbortDisposition, Ending, Failure, Op, RoundMark, Source, SourceAction, SourceDone, SourcePhase,
 };
@@ -24,17 +24,16 @@ use tracing::{debug, info, warn};
 
 use self::vm_worker::{VmJob, VmWorker};
 use crate::agent::Agent;
+pub use crate::chain::chain;
 use crate::channel::{BACKLOG_MAX, Channel, ChannelError};
-use crate::data_send::{Job, Pulled, SendError, Senders, Shared};
-use crate::digest::Digests;
+use crate::dial::{dial, reach};
 use crate::fail_point::{fail_point, fail_point_at, fail_point_record};
 use crate::farewell;
-use crate::stream_proof::{Opening, exporter_context};
-use crate::tls::{Authenticated, TlsError, is_refusal};
+use crate::net::protocol::{Outgoing, Told};
+use crate::net::{CANCELLED, LOST};
+use crate::streams_out::{Job, OutEvent, OutStreams};
 use crate::tracked::{Tracked, api_error, ms};
 
-/// Longest time for a TCP connection to stand.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often progress is told.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -46,10 +45,10 @@ pub enum SourceEvent {
     Lost(u32, Reason),
     /// A message arrived.
     Message(u32, Message),
-    /// The streams stand, or not.
-    Streams(Op, Result<Vec<Authenticated>, Reason>),
-    /// One stream has ended its part of a job.
-    StreamJob(Op, Result<(), SendError>),
+    /// The connections for streams stand, or not.
+    Connections(Op, StreamSecret, Result<Vec<TcpStream>, Reason>),
+    /// What becomes of the streams that were handed over at this number.
+    Streams(u32, OutEvent),
     /// The VM worker has ended a job.
     Vm(Op, Result<SourceDone, Failure>),
     /// The hypervisor ended.
@@ -91,13 +90,23 @@ pub struct SourceSession {
     /// Whether the streams include one for pages that the VM waits for.
     urgent: bool,
     channel: Option<Arc<Channel>>,
+    /// Which connection that is.
+    attempt: u32,
     tracker: Option<Box<dyn WriteTracker>>,
-    shared: Option<Arc<Shared>>,
-    senders: Option<Senders>,
+    /// The streams' side in the network process, with what it knows of the pages that were sent.
+    streams: Option<OutStreams>,
+    /// Whether they are open.
+    open: bool,
+    /// The operation that opens them.
+    opening: Option<Op>,
+    /// Counts how often they were handed over.
+    handed_over: u32,
+    /// What was sent so far.
+    sent: SentCounters,
     /// The jobs that the streams are at, and how many reports are still to come.
     jobs: HashMap<Op, usize>,
     throttle: Option<Box<dyn Throttle>>,
-    /// Whether this goes on after a restart: what was sent before is not known.
+    /// Whether this goes on after a restart, of the agent or its network process: what was sent before is not known.
     recovered: bool,
     /// The operation of saving the device state, whose pieces the first stream reports.
     saving: Option<Op>,
@@ -149,9 +158,13 @@ impl SourceSession {
             ended,
             urgent: false,
             channel: None,
+            attempt: 0,
             tracker: None,
-            shared: None,
-            senders: None,
+            streams: None,
+            open: false,
+            opening: None,
+            handed_over: 0,
+            sent: SentCounters::default(),
             jobs: HashMap::new(),
             throttle: None,
             recovered,
@@ -197,12 +210,17 @@ impl SourceSession {
     fn handle(&mut self, event: SourceEvent) {
         let now = self.agent.now();
         match event {
+            // One that was given up meanwhile.
+            SourceEvent::Connected(attempt, channel) if attempt < self.attempt => channel.close(),
             SourceEvent::Connected(attempt, channel) => {
                 self.tracked.update(|info| {
                     info.cipher = Some(channel.cipher.clone());
                     info.key_exchange = Some(channel.key_exchange.clone());
                 });
-                self.channel = Some(channel);
+                if let Some(before) = self.channel.replace(channel) {
+                    before.close();
+                }
+                self.attempt = attempt;
                 self.engine.handle_connected(now, attempt);
             }
             SourceEvent::Lost(attempt, reason) => {
@@ -214,8 +232,27 @@ impl SourceSession {
                 fail_point_at("source-received", message.name());
                 self.engine.handle_message(now, attempt, message);
             }
-            SourceEvent::Streams(op, result) => self.streams_opened(now, op, result),
-            SourceEvent::StreamJob(op, result) => self.stream_job(now, op, result),
+            // Of a connection that was lost meanwhile.
+            SourceEvent::Connections(op, ..) if self.opening != Some(op) => {}
+            SourceEvent::Connections(op, secret, result) => {
+                let opened =
+                    result.and_then(|connections| self.hand_over(op, secret, &connections));
+                if let Err(reason) = opened {
+                    self.fail(op, reason);
+                }
+            }
+            SourceEvent::Streams(number, _) if number != self.handed_over => {}
+            SourceEvent::Streams(_, OutEvent::Opened(op, result)) => {
+                if self.jobs.remove(&op).is_some() {
+                    self.open = result.is_ok();
+                    match result {
+                        Ok(()) => self.report(op, Ok(SourceDone::Done)),
+                        Err(reason) => self.fail(op, reason),
+                    }
+                }
+            }
+            SourceEvent::Streams(_, OutEvent::Done(op, result)) => self.stream_job(now, op, result),
+            SourceEvent::Streams(_, OutEvent::Lost) => self.streams_lost(),
             SourceEvent::Vm(op, result) => self.engine.handle_done(now, op, result),
             SourceEvent::VmGone => self.engine.handle_vm_gone(now),
             SourceEvent::Abort(reason, reply) => {
@@ -282,7 +319,7 @@ impl SourceSession {
                 round,
                 then,
             } => {
-                self.send_pages(op, pages, round, then);
+                self.send_pages(op, &pages, round, then);
             }
             SourceAction::Peek(op) => {
                 let result = self.peek();
@@ -293,20 +330,19 @@ impl SourceSession {
                 self.report(op, result.map(SourceDone::Collected));
             }
             SourceAction::Throttle(share) => self.set_throttle(share),
-            SourceAction::SendStale { op, pages } => self.send_stale(op, pages),
+            SourceAction::SendStale { op, pages } => self.send_stale(op, &pages),
             SourceAction::SendUrgent { op, block } => {
                 fail_point(if self.engine.runs_on_destination() {
                     "source-serving"
                 } else {
                     "source-serving-load"
                 });
-                let senders = self.senders.as_ref();
-                let jobs = senders.map_or(0, |senders| senders.urgent(op, Job::Urgent(block)));
+                let jobs = self.open_streams_now().map_or(0, |s| s.urgent(op, block));
                 self.expect_jobs(op, jobs);
             }
             SourceAction::ComputePulledRoot(op) => {
-                let shared = self.shared.as_ref().filter(|_| !self.recovered);
-                let root = shared.map(|shared| shared.pulled.digests().root());
+                let streams = self.streams.as_ref().filter(|_| !self.recovered);
+                let root = streams.and_then(|streams| streams.root(op, true));
                 self.report(op, Ok(root.map_or(SourceDone::NoRoot, SourceDone::Root)));
             }
             SourceAction::CloseStreams => self.close_streams(),
@@ -315,7 +351,7 @@ impl SourceSession {
             SourceAction::Resume(op) => self.worker.give(VmJob::Resume(op)),
             SourceAction::Erase(op) => self.worker.give(VmJob::Erase(op)),
             SourceAction::ComputeRoot(op) => {
-                let root = self.shared.as_ref().map(|shared| shared.digests.root());
+                let root = self.streams.as_ref().and_then(|s| s.root(op, false));
                 self.report(
                     op,
                     root.map(SourceDone::Root).ok_or_else(|| missing("digests")),
@@ -347,10 +383,7 @@ impl SourceSession {
         let (agent, sender) = (Arc::clone(&self.agent), self.sender.clone());
         let host = self.engine.order().destination.clone();
         let work = move || {
-            let channel = match dial(&agent, &host, false).and_then(|connection| {
-                Channel::new(connection)
-                    .map_err(|error| Reason::new("connection", error.to_string()))
-            }) {
+            let channel = match dial(&agent, &host) {
                 Ok(channel) => Arc::new(channel),
                 Err(reason) => {
                     let _ = sender.send(SourceEvent::Lost(attempt, reason));
@@ -391,79 +424,99 @@ impl SourceSession {
         }
     }
 
-    fn open_streams(&self, op: Op, streams: u16, secret: StreamSecret) {
+    fn open_streams(&mut self, op: Op, streams: u16, secret: StreamSecret) {
+        self.opening = Some(op);
         let (agent, sender) = (Arc::clone(&self.agent), self.sender.clone());
         let host = self.engine.order().destination.clone();
-        let migration = self.engine.order().migration;
         let work = move || {
-            let open = |index| -> Result<Authenticated, Reason> {
-                let mut stream = dial(&agent, &host, true)?;
-                let exporter = stream
-                    .exporter(&exporter_context(migration, index))
-                    .map_err(|error| Reason::new("connection", error.to_string()))?;
-                let opening = Opening::new(&secret, migration, index, &exporter);
-                let broke = |error: std::io::Error| Reason::new("connection", error.to_string());
-                stream
-                    .connection
-                    .writer()
-                    .write_all(&opening.encode())
-                    .map_err(broke)?;
-                while stream.connection.wants_write() {
-                    stream
-                        .connection
-                        .write_tls(&mut stream.tcp)
-                        .map_err(broke)?;
-                }
-                Ok(stream)
-            };
-            let streams = (0..streams).map(open).collect();
-            let _ = sender.send(SourceEvent::Streams(op, streams));
+            let connections = (0..streams).map(|_| reach(&agent, &host)).collect();
+            let _ = sender.send(SourceEvent::Connections(op, secret, connections));
         };
         self.spawn("open-streams", u32::MAX, work);
     }
 
-    fn streams_opened(&mut self, now: Time, op: Op, result: Result<Vec<Authenticated>, Reason>) {
-        let started = result.and_then(|connections| {
-            let shared = self.make_shared()?;
-            let sender = self.sender.clone();
-            let report = move |op, result| {
-                let _ = sender.send(SourceEvent::StreamJob(op, result));
-            };
-            let senders = Senders::start(connections, self.urgent, &shared, &report)
-                .map_err(|error| Reason::new("internal", error.to_string()))?;
-            self.shared = Some(shared);
-            self.senders = Some(senders);
-            Ok(SourceDone::Done)
-        });
-        let result = started.map_err(|reason| Failure {
-            reason,
-            vm_gone: false,
-        });
-        self.engine.handle_done(now, op, result);
+    /// Gives the connections to the network process, which opens streams over them.
+    fn hand_over(
+        &mut self,
+        op: Op,
+        secret: StreamSecret,
+        connections: &[TcpStream],
+    ) -> Result<(), Reason> {
+        if self.streams.is_none() {
+            self.streams = Some(self.make_streams()?);
+        }
+        let references = !self.engine.runs_on_destination();
+        if let Some(streams) = &self.streams {
+            let opened = streams.open(op, connections, self.urgent, secret, references);
+            opened.map_err(|error| Reason::new("connection", chain(&error)))?;
+            self.jobs.insert(op, 1);
+        }
+        Ok(())
     }
 
-    /// What the streams share; after a reconnection with the digests and counters of before.
-    fn make_shared(&self) -> Result<Arc<Shared>, Reason> {
-        let (Some(vm), Some(layout)) = (&self.vm, &self.params.layout) else {
+    /// What reads and sends pages; what it knows of them lasts as long as it does.
+    fn make_streams(&mut self) -> Result<OutStreams, Reason> {
+        let (Some(vm), Some(_)) = (&self.vm, &self.params.layout) else {
             return Err(Reason::new("internal", "there is no VM to copy"));
         };
         let ram = vm
             .ram()
             .map_err(|error| Reason::new("memory", chain(&error)))?;
-        let seed = self.params.digest_seed;
-        let before = self.shared.as_ref();
-        let digests = before.map(|shared| Arc::clone(&shared.digests));
-        let pulled = before.map(|shared| Arc::clone(&shared.pulled));
-        let counters = before.map(|shared| Arc::clone(&shared.counters));
-        Ok(Arc::new(Shared {
-            ram,
-            digests: digests.unwrap_or_else(|| Arc::new(Digests::new(layout, seed))),
-            pulled: pulled.unwrap_or_else(|| Arc::new(Pulled::new(layout, seed))),
-            counters: counters.unwrap_or_default(),
-            pace: crate::pace::Pace::new(self.params.bandwidth_bytes_per_s),
-            compress: self.params.compress,
-            references: AtomicBool::new(!self.engine.runs_on_destination()),
-        }))
+        self.handed_over += 1;
+        let (number, sender) = (self.handed_over, self.sender.clone());
+        let report = move |event| {
+            // A session that has ended wants no reports.
+            let _ = sender.send(SourceEvent::Streams(number, event));
+        };
+        let order = self.engine.order();
+        let outgoing = Outgoing {
+            migration: order.migration,
+            host: order.destination.clone(),
+            regions: Vec::new(),
+            digest_seed: self.params.digest_seed,
+            bandwidth_bytes_per_s: self.params.bandwidth_bytes_per_s,
+            compress: serde_json::to_string(&self.params.compress).unwrap_or_default(),
+        };
+        let network = &self.agent.network;
+        network.outgoing(outgoing, ram.as_ref(), self.sent, report)
+    }
+
+    fn fail(&mut self, op: Op, reason: Reason) {
+        let failure = Failure {
+            reason,
+            vm_gone: false,
+        };
+        self.report(op, Err(failure));
+    }
+
+    fn open_streams_now(&self) -> Option<&OutStreams> {
+        self.streams.as_ref().filter(|_| self.open)
+    }
+
+    /// The network process ended, and what it knew of the pages that were sent is lost.
+    fn streams_lost(&mut self) {
+        warn!("the streams of this migration are lost with the network process");
+        self.streams = None;
+        self.open = false;
+        self.recovered = true;
+        if self.engine.phase() == SourcePhase::PreCopy {
+            // Without the digests the switchover could not be verified. The connection is lost too, and the destination
+            // has to be told on another.
+            let now = self.agent.now();
+            let reason = Reason::new("connection-lost", "the network process ended");
+            self.jobs.clear();
+            let lost = reason.clone();
+            self.engine.handle_connection_lost(now, self.attempt, lost);
+            self.engine.handle_abort(now, reason);
+            return;
+        }
+        let ops: Vec<Op> = self.jobs.drain().map(|(op, _)| op).collect();
+        for op in ops {
+            self.fail(
+                op,
+                Reason::new("connection-lost", "the network process ended"),
+            );
+        }
     }
 
     fn peek(&mut self) -> Result<PageSet, Failure> {
@@ -527,8 +580,8 @@ impl SourceSession {
     }
 
     fn collect(&mut self, first: bool) -> Result<PageSet, Failure> {
-        let (Some(tracker), Some(layout), Some(shared)) =
-            (&mut self.tracker, &self.params.layout, &self.shared)
+        let (Some(tracker), Some(layout), Some(vm)) =
+            (&mut self.tracker, &self.params.layout, &self.vm)
         else {
             return Err(missing("tracking"));
         };
@@ -542,25 +595,26 @@ impl SourceSession {
             .map_err(|error| failure("tracking", &error))?;
         if first {
             // Tracking is armed now: what is filled from here on is collected later, holes are never touched.
-            insert_data(shared.ram.as_ref(), &mut pages)?;
+            let ram = vm.ram().map_err(|error| failure("memory", &error))?;
+            insert_data(ram.as_ref(), &mut pages)?;
         }
         Ok(pages)
     }
 
-    fn send_pages(&mut self, op: Op, pages: PageSet, round: u32, then: RoundMark) {
-        let Some(senders) = &self.senders else {
+    fn send_pages(&mut self, op: Op, pages: &PageSet, round: u32, then: RoundMark) {
+        let Some(streams) = self.open_streams_now() else {
             return self.report(op, Err(missing("streams")));
         };
-        let mut jobs = senders.all(op, &Job::Pages(Arc::new(pages)));
-        let end = Job::RoundEnd {
-            round,
-            last: then != RoundMark::End,
-        };
+        let mut jobs = streams.all(op, &Job::Pages(pages));
+        let last = then != RoundMark::End;
+        let end = Job::RoundEnd { round, last };
         match then {
             RoundMark::None => {}
-            RoundMark::Drained => jobs += senders.all(op, &Job::Drained { post_copy: false }),
-            RoundMark::End | RoundMark::Last => jobs += senders.all(op, &end),
-            RoundMark::Pushed => jobs += senders.all(op, &end) + senders.urgent(op, end),
+            RoundMark::Drained => jobs += streams.all(op, &Job::Drained { post_copy: false }),
+            RoundMark::End | RoundMark::Last => jobs += streams.all(op, &end),
+            RoundMark::Pushed => {
+                jobs += streams.all(op, &end) + streams.urgent_round_end(op, round, last);
+            }
         }
         fail_point(match then {
             // What saving the device state has written, under any strategy.
@@ -571,8 +625,7 @@ impl SourceSession {
     }
 
     fn save(&mut self, op: Op) {
-        let senders = self.senders.as_ref();
-        match senders.and_then(|senders| senders.device_state(op)) {
+        match self.open_streams_now().map(|s| s.device_state(op)) {
             Some(out) => {
                 self.saving = Some(op);
                 self.worker.give(VmJob::Save(op, out));
@@ -581,14 +634,14 @@ impl SourceSession {
         }
     }
 
-    fn send_stale(&mut self, op: Op, pages: PageSet) {
-        let (Some(senders), Some(shared)) = (&self.senders, &self.shared) else {
+    fn send_stale(&mut self, op: Op, pages: &PageSet) {
+        let Some(streams) = self.open_streams_now() else {
             return self.report(op, Err(missing("streams")));
         };
         let drained = Job::Drained { post_copy: true };
-        let jobs = senders.all(op, &Job::Stale(Arc::new(pages))) + senders.all(op, &drained);
+        let jobs = streams.all(op, &Job::Stale(pages)) + streams.all(op, &drained);
         // Before the first job whose pages may arrive while the VM runs there.
-        shared.references.store(false, Ordering::Relaxed);
+        streams.forbid_references();
         self.expect_jobs(op, jobs);
     }
 
@@ -599,7 +652,7 @@ impl SourceSession {
         self.jobs.insert(op, jobs);
     }
 
-    fn stream_job(&mut self, now: Time, op: Op, result: Result<(), SendError>) {
+    fn stream_job(&mut self, now: Time, op: Op, result: Result<(), Told>) {
         if self.saving == Some(op) && result.is_ok() {
             // A piece of the device state. That all have left says the end of the last round, which comes behind them.
             return;
@@ -619,52 +672,50 @@ impl SourceSession {
                     self.engine.handle_done(now, op, Ok(SourceDone::Done));
                 }
             }
-            Err(SendError::Cancelled) => {}
-            Err(SendError::Io(error)) => {
+            Err(told) if told.code == CANCELLED => {}
+            Err(told) if told.code == LOST => {
                 self.jobs.remove(&op);
-                let what = SendError::Io(error).to_string();
-                let reason = Reason::new("connection-lost", what);
+                let reason = Reason::new(&told.code, told.message);
                 self.engine.handle_stream_lost(now, reason);
             }
-            Err(error) => {
+            Err(told) => {
                 self.jobs.remove(&op);
-                let failure = Failure {
-                    reason: Reason::new("memory", chain(&error)),
-                    vm_gone: false,
-                };
-                self.engine.handle_done(now, op, Err(failure));
+                self.fail(op, Reason::new(&told.code, told.message));
             }
         }
     }
 
     fn close_streams(&mut self) {
-        if let Some(senders) = self.senders.take() {
-            if self.engine.is_redialling() {
-                // What they noted late would be taken for what the next ones have sent.
-                senders.end();
-            } else {
-                senders.cancel();
-            }
+        if let Some(streams) = &self.streams {
+            streams.cancel();
         }
+        self.open = false;
+        self.opening = None;
         self.jobs.clear();
     }
 
     fn stop_copying(&mut self) {
-        if let Some(senders) = self.senders.take()
-            && self.engine.verified_root().is_none()
-        {
-            senders.cancel();
+        if let Some(streams) = self.streams.take() {
+            if self.engine.verified_root().is_some() {
+                streams.finish();
+            } else {
+                streams.cancel();
+            }
         }
+        self.open = false;
+        self.opening = None;
+        // What is still told of them is of no interest.
+        self.handed_over += 1;
         self.tracker = None;
         self.throttle = None;
-        self.shared = None;
         self.jobs.clear();
         self.saving = None;
     }
 
     fn publish(&mut self) {
-        if let Some(shared) = &self.shared {
-            self.engine.handle_sent(shared.counters.read());
+        if let Some(streams) = &self.streams {
+            self.sent = streams.counters();
+            self.engine.handle_sent(self.sent);
         }
         let phase = self.engine.phase();
         if phase != self.phase {
@@ -816,64 +867,13 @@ fn fault_wait(log2_us: &[u64]) -> Option<FaultWait> {
     })
 }
 
-/// Opens an authenticated connection to a host of the configuration.
-///
-/// # Errors
-///
-/// It is not known, can't be reached, or identities don't fit.
-pub fn dial(agent: &Agent, host: &str, data: bool) -> Result<Authenticated, Reason> {
-    let Some(address) = agent.address_of(host) else {
-        return Err(Reason::new(
-            "unreachable",
-            format!("host {host:?} is not in the configuration"),
-        ));
-    };
-    let tcp = TcpStream::connect_timeout(&address, CONNECT_TIMEOUT).map_err(|error| {
-        Reason::new(
-            "unreachable",
-            format!("host {host:?} cannot be reached at {address}: {error}"),
-        )
-    })?;
-    let prepared = tcp.set_nodelay(true);
-    prepared.map_err(|error| Reason::new("connection", error.to_string()))?;
-    agent
-        .tls
-        .connect(tcp, host, data)
-        .map_err(|error| tls_reason(&error))
-}
-
-/// What a failed handshake means for a migration.
-pub fn tls_reason(error: &TlsError) -> Reason {
-    let code = if error.is_refusal() {
-        "identity-refused"
-    } else {
-        "connection"
-    };
-    Reason::new(code, chain(error))
-}
-
 fn channel_reason(error: &ChannelError) -> Reason {
     // The other end's verdict on our certificate arrives with its first answer (RFC 8446, section 4.4.2.4).
     let code = match error {
-        ChannelError::Tls(error) if is_refusal(error) => "identity-refused",
+        ChannelError::Ended(told) if told.code == "identity-refused" => "identity-refused",
         _ => "connection-lost",
     };
     Reason::new(code, chain(error))
-}
-
-/// An error with all its causes in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.ends_with(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
 }
 
 fn failure(code: &str, error: &(dyn std::error::Error + 'static)) -> Failure {

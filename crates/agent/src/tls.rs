@@ -14,6 +14,7 @@ use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
+use rustls::sign::{CertifiedKey, SigningKey, SingleCertAndKey};
 use rustls::{AlertDescription, ClientConfig, Connection, RootCertStore, ServerConfig, version};
 
 use crate::identity::{Identity, IdentityError, Kind};
@@ -108,6 +109,18 @@ pub fn is_refusal(error: &rustls::Error) -> bool {
     }
 }
 
+/// What lies in the files of the configuration.
+pub struct Material {
+    /// Certificates of authorities.
+    pub roots: Vec<CertificateDer<'static>>,
+    /// This host's certificate and what lies between it and an authority.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// Its key.
+    pub key: Arc<dyn SigningKey>,
+    /// This host.
+    pub identity: Identity,
+}
+
 /// This host's identity and whom it trusts.
 pub struct Tls {
     /// This host.
@@ -175,7 +188,7 @@ fn provider() -> CryptoProvider {
     }
 }
 
-impl Tls {
+impl Material {
     /// Reads the files.
     ///
     /// # Errors
@@ -195,15 +208,10 @@ impl Tls {
                 Err(error) => Err(file(path, error.to_string())),
             }
         };
-        let mut roots = RootCertStore::empty();
-        for root in certificates(ca)? {
-            roots.add(root).map_err(TlsError::Config)?;
-        }
-        let roots = Arc::new(roots);
+        let roots = certificates(ca)?;
         let chain = certificates(certificate)?;
-        let own = chain.first().map_or(&[][..], |leaf| leaf.as_ref());
-        let identity = Identity::of_certificate(own).map_err(TlsError::OwnIdentity)?;
-        if identity.kind != Kind::Host || identity.name != name {
+        let identity = own_identity(&chain)?;
+        if identity.name != name {
             return Err(TlsError::OwnName {
                 found: identity,
                 expected: name.to_owned(),
@@ -211,15 +219,63 @@ impl Tls {
         }
         let key_der = PrivateKeyDer::from_pem_slice(&read(key)?)
             .map_err(|error| file(key, error.to_string()))?;
+        let certified = CertifiedKey::from_der(chain, key_der, &provider());
+        let certified = certified.map_err(TlsError::Config)?;
+        Ok(Self {
+            roots,
+            chain: certified.cert,
+            key: certified.key,
+            identity,
+        })
+    }
+}
 
+impl Material {
+    /// Checks what only its use would show.
+    ///
+    /// # Errors
+    ///
+    /// A certificate is not usable.
+    pub fn check(&self) -> Result<(), TlsError> {
+        let (roots, chain) = (self.roots.clone(), self.chain.clone());
+        Tls::new(roots, chain, Arc::clone(&self.key)).map(drop)
+    }
+}
+
+fn own_identity(chain: &[CertificateDer<'_>]) -> Result<Identity, TlsError> {
+    let own = chain.first().map_or(&[][..], |leaf| leaf.as_ref());
+    let identity = Identity::of_certificate(own).map_err(TlsError::OwnIdentity)?;
+    match identity.kind {
+        Kind::Host => Ok(identity),
+        Kind::Operator => Err(TlsError::NotAHost(identity)),
+    }
+}
+
+impl Tls {
+    /// With these certificates, and a key that may lie elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// A certificate is not usable.
+    pub fn new(
+        roots: Vec<CertificateDer<'static>>,
+        chain: Vec<CertificateDer<'static>>,
+        key: Arc<dyn SigningKey>,
+    ) -> Result<Self, TlsError> {
+        let identity = own_identity(&chain)?;
+        let mut store = RootCertStore::empty();
+        for root in roots {
+            store.add(root).map_err(TlsError::Config)?;
+        }
+        let roots = Arc::new(store);
+        let own = Arc::new(SingleCertAndKey::from(CertifiedKey::new(chain, key)));
         let provider = Arc::new(provider());
         let versions = &[&version::TLS13];
         let mut client = ClientConfig::builder_with_provider(Arc::clone(&provider))
             .with_protocol_versions(versions)
             .map_err(TlsError::Config)?
             .with_root_certificates(Arc::clone(&roots))
-            .with_client_auth_cert(chain.clone(), key_der.clone_key())
-            .map_err(TlsError::Config)?;
+            .with_client_cert_resolver(Arc::clone(&own) as _);
         // Every connection authenticates itself anew.
         client.resumption = rustls::client::Resumption::disabled();
         client.alpn_protocols = vec![ALPN_CONTROL.to_vec()];
@@ -228,13 +284,12 @@ impl Tls {
 
         let verifier = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider))
             .build()
-            .map_err(|error| file(ca, error.to_string()))?;
+            .map_err(|error| TlsError::Config(rustls::Error::General(error.to_string())))?;
         let mut server = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(versions)
             .map_err(TlsError::Config)?
             .with_client_cert_verifier(verifier)
-            .with_single_cert(chain, key_der)
-            .map_err(TlsError::Config)?;
+            .with_cert_resolver(own);
         server.alpn_protocols = vec![ALPN_CONTROL.to_vec(), ALPN_DATA.to_vec()];
         // No tickets: nobody resumes, and unread bytes would turn a close into a reset.
         server.send_tls13_tickets = 0;

@@ -13,15 +13,15 @@ use palanquin_host::Error;
 use palanquin_host::vm::{GuestRam, MissingPages, Region};
 use tracing::{debug, warn};
 
-use crate::channel::Channel;
 use crate::data_send::Pulled;
 use crate::digest::Digests;
+use crate::net::wire::WireChannel;
 
 /// How long an access is waited for before it is looked whether to go on.
 const TICK: Duration = Duration::from_millis(100);
 
 /// The control connection to the source, which may be another after a while.
-pub type ChannelSlot = Arc<Mutex<Option<Arc<Channel>>>>;
+pub type ChannelSlot = Arc<Mutex<Option<Arc<WireChannel>>>>;
 
 /// Pages of a VM as they arrive. As [`GuestRam`] it places what is written.
 pub struct Waiting {

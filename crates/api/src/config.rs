@@ -35,6 +35,9 @@ pub struct AgentConfig {
     /// The hypervisor.
     #[serde(default)]
     pub qemu: Qemu,
+    /// What the agent's processes may do.
+    #[serde(default)]
+    pub privileges: Privileges,
 }
 
 /// A file that cannot be used.
@@ -338,6 +341,20 @@ pub struct Tls {
     pub key: PathBuf,
 }
 
+/// What the agent's processes may do.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Privileges {
+    /// User as whom the process runs that talks to other hosts. Default `palanquin-net` if there is such a user, else
+    /// `nobody`.
+    #[serde(default)]
+    pub network_user: Option<String>,
+    /// Whether the agent refuses to start where its processes can't be confined as they should be (kernel without
+    /// landlock or seccomp, users that do not exist). Default `false`: it says so and goes on.
+    #[serde(default)]
+    pub require: bool,
+}
+
 /// Where the agent listens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -416,6 +433,12 @@ pub struct Qemu {
     /// Directories below which an arriving VM may name files (kernels, disk images). Default none:
     /// such a VM is refused.
     pub allowed_paths: Vec<PathBuf>,
+    /// User that hypervisors become when they have opened what they were given. Default `palanquin-qemu` if there is such
+    /// a user, else none: they run as the agent does. Must be able to read and write the VMs' disks.
+    pub user: Option<String>,
+    /// Whether hypervisors get a sandbox of their own (`-sandbox on`). Default `true`; a QEMU that was built without it
+    /// does not start.
+    pub sandbox: bool,
 }
 
 impl Default for Qemu {
@@ -423,6 +446,8 @@ impl Default for Qemu {
         Self {
             binary: "/usr/bin/qemu-system-x86_64".into(),
             allowed_paths: Vec::new(),
+            user: None,
+            sandbox: true,
         }
     }
 }

@@ -121,6 +121,12 @@ pub struct HostInfo {
     pub memory_available_bytes: u64,
     /// Names of the hosts this one knows.
     pub peers: Vec<String>,
+    /// Process ID of the process that talks to other hosts; absent while it is started anew.
+    #[serde(default)]
+    pub network_pid: Option<u32>,
+    /// What this host lacks for the agent's processes to be confined as they should be.
+    #[serde(default)]
+    pub unconfined: Vec<String>,
 }
 
 /// `POST /v1/vms`

@@ -139,7 +139,7 @@ impl Host {
              [tls]\nca = {:?}\ncertificate = {:?}\nkey = {:?}\n\
              [listen]\nmigration = \"0.0.0.0:{PORT}\"\n\
              [limits]\nmemory-reserve = \"{memory_reserve_mib}MiB\"\npeer-silence = \"3s\"\nredial = \"12s\"\n\
-             [qemu]\nallowed-paths = [{guest:?}]\n",
+             [qemu]\nallowed-paths = [{guest:?}]\nuser = \"nobody\"\n",
             self.dir.join("s"),
             self.dir.join("r"),
             identity.join("ca.pem"),
@@ -239,6 +239,15 @@ impl Host {
             },
         )
         .with_context(|| self.log_tail())
+    }
+
+    /// Process ID of the agent's network process, while there is one.
+    ///
+    /// # Errors
+    ///
+    /// If the agent does not answer.
+    pub fn network_pid(&self) -> Result<Option<u32>> {
+        Ok(control::get::<HostInfo>(&self.socket(), "/v1/host")?.network_pid)
     }
 
     /// Process ID of the agent, while there is one.

@@ -2,7 +2,7 @@
 
 use std::fmt::Debug;
 
-use palanquin_agent::channel::take_message;
+use palanquin_agent::net::wire::take_message;
 use palanquin_agent::stream_proof::{OPENING_BYTES, Opening};
 use palanquin_engine::ids::{Sha256, StreamSecret};
 use palanquin_engine::journal::{DestinationRecord, SourceRecord, verdict};

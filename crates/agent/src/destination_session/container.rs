@@ -1,9 +1,8 @@
 //! Executes what concerns the container one at a time and in order.
 
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -13,16 +12,17 @@ use palanquin_engine::order::Order;
 use palanquin_engine::pages::PAGE_BYTES;
 use palanquin_engine::source::Failure;
 use palanquin_engine::strategy::PostCopyUse;
-use palanquin_host::vm::{Descriptor, GuestRam, Obstacle, PrepareError, RunState, Vm};
-use tracing::debug;
+use palanquin_host::vm::{
+    Descriptor, GuestRam, MissingPages, Obstacle, PrepareError, RunState, Vm,
+};
+use tracing::{debug, warn};
 
 use super::DestinationEvent;
 use crate::agent::Agent;
-use crate::data_receive::Shared;
 use crate::fail_point::fail_point;
 use crate::source_session::chain;
 use crate::store::StoredVm;
-use crate::waiting::{Asking, ChannelSlot, Waiting};
+use crate::streams_in::InStreams;
 
 /// Longest wait for a piece of the device state: it is saved while it is loaded.
 const STATE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -31,12 +31,15 @@ const STATE_TIMEOUT: Duration = Duration::from_secs(20);
 pub(super) enum ContainerJob {
     Reserve(Op, Box<Offer>),
     /// Load the device state while it arrives; where there is a slot, for a VM that waits for pages which are not here.
-    Load(Op, Arc<Shared>, Option<ChannelSlot>),
-    /// Let nothing wait for pages any more.
-    EndPulling(Op, Arc<Shared>, bool),
+    Load(Op, Arc<InStreams>, Option<MissingSlot>),
+    /// Let nothing wait for pages any more; whether the digests of all that arrived are known.
+    EndPulling(Op, MissingSlot, Option<Arc<InStreams>>, bool),
     Activate(Op),
     Terminate(Op),
 }
+
+/// Accesses to missing pages, once they wait.
+pub(super) type MissingSlot = Arc<OnceLock<Arc<dyn MissingPages>>>;
 
 /// The thread that does it.
 pub(super) struct ContainerWorker {
@@ -47,7 +50,6 @@ struct Work {
     agent: Arc<Agent>,
     order: Order,
     vm: Option<Arc<dyn Vm>>,
-    asking: Option<Asking>,
     /// Whether anybody may have told it to let the VM run.
     may_have_run: bool,
     events: Sender<DestinationEvent>,
@@ -74,7 +76,6 @@ impl ContainerWorker {
             // An agent that was restarted does not know.
             may_have_run: vm.is_some(),
             vm,
-            asking: None,
             events,
         };
         thread::Builder::new()
@@ -89,40 +90,13 @@ impl ContainerWorker {
     }
 }
 
-/// From now on accesses to pages that are not here wait, and the source is asked for them.
-pub(super) fn wait_for_pages(
-    vm: &Arc<dyn Vm>,
-    shared: &Arc<Shared>,
-    channel: &ChannelSlot,
-) -> Result<Asking, Failure> {
+/// From now on accesses to pages that are not here wait.
+pub(super) fn wait_for_pages(vm: &Arc<dyn Vm>, slot: &MissingSlot) -> Result<(), Failure> {
     let missing = vm
         .miss_pages()
         .map_err(|error| failure("post-copy", &error))?;
-    let ram = Arc::clone(&shared.ram);
-    let waiting = Waiting::new(missing, ram, &shared.layout, shared.digests.seed());
-    if shared.waiting.set(waiting).is_err() {
-        return Err(Failure {
-            reason: Reason::new("internal", "pages are waited for already"),
-            vm_gone: false,
-        });
-    }
-    shared.references.store(false, Ordering::Relaxed);
-    let present = Arc::clone(shared);
-    let noted = thread::Builder::new()
-        .name("present".to_owned())
-        .spawn(move || {
-            if let Some(waiting) = present.waiting.get()
-                && let Err(error) = waiting.note_present()
-            {
-                debug!(%error, "pages that are here are not known");
-            }
-        });
-    if let Err(error) = noted {
-        debug!(%error, "pages that are here are not known");
-    }
-    let holder: Arc<Shared> = Arc::clone(shared);
-    Asking::start(holder, Arc::clone(channel)).map_err(|error| Failure {
-        reason: Reason::new("internal", format!("no thread for accesses: {error}")),
+    slot.set(missing).map_err(|_| Failure {
+        reason: Reason::new("internal", "pages are waited for already"),
         vm_gone: false,
     })
 }
@@ -188,11 +162,11 @@ impl Work {
                     }
                     Err(failure) => DestinationEvent::Container(op, Err(failure)),
                 },
-                ContainerJob::Load(op, shared, channel) => {
-                    DestinationEvent::Container(op, self.load(&shared, channel.as_ref()))
+                ContainerJob::Load(op, streams, missing) => {
+                    DestinationEvent::Container(op, self.load(&streams, missing.as_ref()))
                 }
-                ContainerJob::EndPulling(op, shared, comparable) => {
-                    let result = self.end_pulling(&shared, comparable);
+                ContainerJob::EndPulling(op, missing, streams, comparable) => {
+                    let result = end_pulling(&missing, streams.as_deref(), comparable);
                     DestinationEvent::Container(op, result)
                 }
                 ContainerJob::Activate(op) => DestinationEvent::Container(op, self.activate()),
@@ -271,39 +245,28 @@ impl Work {
 
     fn load(
         &mut self,
-        shared: &Arc<Shared>,
-        channel: Option<&ChannelSlot>,
+        streams: &InStreams,
+        missing: Option<&MissingSlot>,
     ) -> Result<DestinationDone, Failure> {
-        if let Some(channel) = channel {
+        let broke = |error| super::streams_failure(&error);
+        let mut waits = None;
+        if let Some(missing) = missing {
             // Before the devices look into guest memory.
-            self.asking = Some(wait_for_pages(self.vm()?, shared, channel)?);
+            wait_for_pages(self.vm()?, missing)?;
+            if let Some(missing) = missing.get() {
+                waits = Some(streams.wait(missing.as_ref()).map_err(broke)?);
+            }
         }
         fail_point("destination-loading");
         self.vm()?
-            .load_device_state(&mut shared.device_state.reader(STATE_TIMEOUT))
+            .load_device_state(&mut streams.device_state().reader(STATE_TIMEOUT))
             .map_err(|error| failure("device-state", &error))?;
+        if let Some(waits) = waits {
+            // Answered while the devices were loaded; before anybody hears that pages may be sent.
+            waits.done().map_err(broke)?;
+        }
         fail_point("destination-loaded");
         Ok(DestinationDone::Done)
-    }
-
-    fn end_pulling(
-        &mut self,
-        shared: &Arc<Shared>,
-        comparable: bool,
-    ) -> Result<DestinationDone, Failure> {
-        let waiting = shared.waiting.get().ok_or_else(|| Failure {
-            reason: Reason::new("internal", "nothing waits for pages"),
-            vm_gone: false,
-        })?;
-        fail_point("destination-pulled");
-        waiting
-            .finish()
-            .map_err(|error| failure("post-copy", &error))?;
-        self.asking = None;
-        Ok(DestinationDone::Pulled(Complete {
-            root: comparable.then(|| waiting.digests().root()),
-            fault_wait_log2_us: waiting.waits_log2_us(),
-        }))
     }
 
     fn activate(&mut self) -> Result<DestinationDone, Failure> {
@@ -334,6 +297,33 @@ impl Work {
             _ => Ok(DestinationDone::Done),
         }
     }
+}
+
+fn end_pulling(
+    missing: &MissingSlot,
+    streams: Option<&InStreams>,
+    comparable: bool,
+) -> Result<DestinationDone, Failure> {
+    let missing = missing.get().ok_or_else(|| Failure {
+        reason: Reason::new("internal", "nothing waits for pages"),
+        vm_gone: false,
+    })?;
+    fail_point("destination-pulled");
+    missing
+        .finish()
+        .map_err(|error| failure("post-copy", &error))?;
+    // All pages are here, whether they can still be compared or not.
+    let pulled = streams.and_then(|streams| {
+        let pulled = streams.pulled();
+        pulled
+            .inspect_err(|error| warn!(%error, "the pages that were pulled are not compared"))
+            .ok()
+    });
+    let (root, waits) = pulled.unzip();
+    Ok(DestinationDone::Pulled(Complete {
+        root: root.filter(|_| comparable),
+        fault_wait_log2_us: waits.unwrap_or_default(),
+    }))
 }
 
 #[cfg(test)]

@@ -12,8 +12,8 @@ use palanquin_host::vm::{RunState, Vm};
 use tracing::debug;
 
 use super::{SourceEvent, chain, failure};
-use crate::data_send::DeviceStateOut;
 use crate::fail_point::fail_point;
+use crate::streams_out::DeviceStateOut;
 
 /// Something to do with the VM.
 pub(super) enum VmJob {

@@ -6,9 +6,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use palanquin_agent::channel::{Channel, ChannelError};
+use palanquin_agent::net::wire::{WireChannel, WireError};
 use palanquin_agent::stream_proof::{Opening, exporter_context};
-use palanquin_agent::tls::{Authenticated, Tls};
+use palanquin_agent::tls::{Authenticated, Material, Tls};
 use palanquin_engine::ids::{Epoch, Root, StreamSecret, VmId};
 use palanquin_engine::message::{
     Complete, Demand, Hello, Offer, Query, Reason, Refused, Rejoin, Verdict,
@@ -37,7 +37,8 @@ impl<'a> Impostor<'a> {
     pub(crate) fn new(rig: &'a Rig, victim: &'a Host, identity: &Path, name: &str) -> Result<Self> {
         let file = |end: &str| identity.join(end);
         let (certificate, key) = (file(&format!("{name}.pem")), file(&format!("{name}.key")));
-        let tls = Tls::load(&file("ca.pem"), &certificate, &key, name)?;
+        let material = Material::load(&file("ca.pem"), &certificate, &key, name)?;
+        let tls = Tls::new(material.roots, material.chain, material.key)?;
         Ok(Self { rig, tls, victim })
     }
 
@@ -56,9 +57,8 @@ impl<'a> Impostor<'a> {
     }
 
     /// A control connection that has exchanged greetings.
-    fn greet(&self) -> Result<Channel> {
-        let channel = Channel::new(self.connect(false)?)?;
-        channel.set_receive_timeout(Some(SHORT))?;
+    fn greet(&self) -> Result<WireChannel> {
+        let channel = WireChannel::new(self.connect(false)?)?;
         channel.send(&Message::Hello(Hello::ours("impostor")))?;
         let Message::HelloReply(_) = channel.receive()? else {
             bail!("no greeting");
@@ -72,7 +72,7 @@ impl<'a> Impostor<'a> {
         channel.send(message)?;
         match channel.receive() {
             Ok(answer) => Ok(Some(answer)),
-            Err(ChannelError::Closed | ChannelError::Io(_)) => Ok(None),
+            Err(WireError::Closed | WireError::Io(_)) => Ok(None),
             Err(error) => Err(error.into()),
         }
     }
@@ -274,7 +274,7 @@ fn certificates_of_another_authority_or_out_of_date_open_nothing() -> Result<()>
         for data in [false, true] {
             // A client counts itself as connected before it has the server's word (RFC 8446, section 4.4.2.4).
             if let Ok(connection) = impostor.connect(data) {
-                let told = Channel::new(connection)?.receive();
+                let told = WireChannel::new(connection)?.receive();
                 ensure!(told.is_err(), "{why}: {told:?}");
             }
         }
@@ -295,7 +295,7 @@ fn stale(rig: &Rig) -> Result<std::path::PathBuf> {
     let mut params = CertificateParams::new(vec!["a".to_owned()])?;
     params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth];
     params.distinguished_name.push(DnType::CommonName, "a");
-    let identity = Tls::load(
+    let identity = Material::load(
         &good.join("ca.pem"),
         &good.join("a.pem"),
         &good.join("a.key"),

@@ -7,21 +7,41 @@ mod impostor;
 mod sweep;
 
 use anyhow::{Context, Result, ensure};
-use palanquin_lab::host::SHORT;
+use palanquin_lab::host::{Host, SHORT};
 use palanquin_lab::rig::Rig;
 use palanquin_lab::{process, wait};
 
-/// Process IDs of the agents.
-fn agents(rig: &Rig) -> Result<Vec<u32>> {
-    let pids = rig.hosts.iter().map(|host| host.agent_pid());
-    pids.collect::<Option<_>>().context("an agent is missing")
+/// Process IDs of an agent.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Agent {
+    privileged: u32,
+    network: u32,
 }
 
-/// No agent has panicked or was started again, and every migration that one knows of has ended.
-fn unharmed(rig: &Rig, agents: &[u32]) -> Result<()> {
-    for (host, pid) in rig.hosts.iter().zip(agents) {
+impl Agent {
+    fn of(host: &Host) -> Result<Self> {
+        Ok(Self {
+            privileged: host.agent_pid().context("an agent is missing")?,
+            network: host.network_pid()?.context("no network process")?,
+        })
+    }
+
+    fn sum(self, key: &str) -> Result<u64> {
+        let value = |pid| process::status_value(pid, key).context("no such process");
+        Ok(value(self.privileged)? + value(self.network)?)
+    }
+}
+
+/// The agents.
+fn agents(rig: &Rig) -> Result<Vec<Agent>> {
+    rig.hosts.iter().map(Agent::of).collect()
+}
+
+/// No agent, and no network process, has panicked or was started again, and every migration that one knows of has ended.
+fn unharmed(rig: &Rig, agents: &[Agent]) -> Result<()> {
+    for (host, agent) in rig.hosts.iter().zip(agents) {
         ensure!(
-            process::start_ticks(*pid).is_some() && host.agent_pid() == Some(*pid),
+            process::start_ticks(agent.privileged).is_some() && Agent::of(host)? == *agent,
             "the agent of {} is gone: {}",
             host.name(),
             host.log_tail()
@@ -40,12 +60,12 @@ fn unharmed(rig: &Rig, agents: &[u32]) -> Result<()> {
     .with_context(|| rig.logs())
 }
 
-/// Threads of a process.
-fn threads(pid: u32) -> Result<u64> {
-    process::status_value(pid, "Threads").context("no such process")
+/// Threads of both processes of an agent.
+fn threads(agent: Agent) -> Result<u64> {
+    agent.sum("Threads")
 }
 
-/// Resident memory of a process, in KiB.
-fn rss_kib(pid: u32) -> Result<u64> {
-    process::status_value(pid, "VmRSS").context("no such process")
+/// Resident memory of both processes of an agent, in KiB: what they share counts twice.
+fn rss_kib(agent: Agent) -> Result<u64> {
+    agent.sum("VmRSS")
 }

@@ -15,7 +15,7 @@ use palanquin_lab::rig::{Rig, RigSpec};
 use palanquin_lab::{process, wait};
 use uuid::Uuid;
 
-use crate::{agents, threads, unharmed};
+use crate::{Agent, agents, threads, unharmed};
 
 const VM: &str = "parcel";
 /// Where he stands on the way to the second host, and on the way to the first.
@@ -63,7 +63,7 @@ struct Row {
 struct Path {
     rig: Rig,
     middle: Middle,
-    agents: Vec<u32>,
+    agents: Vec<Agent>,
     at: usize,
 }
 
@@ -218,7 +218,7 @@ impl Path {
     }
 
     fn threads(&self) -> Result<u64> {
-        self.agents.iter().map(|pid| threads(*pid)).sum()
+        self.agents.iter().map(|agent| threads(*agent)).sum()
     }
 }
 
@@ -461,6 +461,6 @@ fn a_whole_session_played_again_is_refused() -> Result<()> {
     ensure!(path.rig.hosts[1].migrations()?.len() == before);
     path.rig.check_lives_once(VM, 0)?;
     unharmed(&path.rig, &path.agents)?;
-    ensure!(process::start_ticks(path.agents[1]).is_some());
+    ensure!(process::start_ticks(path.agents[1].privileged).is_some());
     Ok(())
 }

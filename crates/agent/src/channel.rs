@@ -106,6 +106,14 @@ impl Channel {
         }
     }
 
+    /// From now on it belongs to a migration, and is carried like one: it waits for no purpose any more, and has no
+    /// deadline.
+    pub fn settle(&self) {
+        self.set_receive_timeout(None);
+        // One that is lost is reported to whoever receives.
+        let _ = self.port.send(&[], &[]);
+    }
+
     /// Closes it: the other end gets what was sent, and a goodbye. A thread that receives is woken.
     pub fn close(&self) {
         self.port.close();

@@ -151,7 +151,7 @@ fn converse(
                     // The session answers, and has the connection from now on.
                     Answer::Rejoined(events, generation) => {
                         drop(waiting);
-                        channel.set_receive_timeout(None);
+                        channel.settle();
                         forward(channel, &events, generation);
                         return Ok(());
                     }
@@ -322,10 +322,10 @@ fn arrive(
     if !agent.track_new(order.migration, &tracked) {
         return refuse(channel, &order, &OrderError::Replayed);
     }
-    channel.set_receive_timeout(None);
     let session = DestinationSession::new(agent, engine, &offer, channel, &tracked, sender.clone());
     let session = session.inspect_err(|_| agent.untrack(order.migration))?;
     drop(waiting);
+    channel.settle();
     let _ = sender.send(DestinationEvent::Message(0, Message::Offer(offer)));
     let reader = Arc::clone(channel);
     thread::Builder::new()

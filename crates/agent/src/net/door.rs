@@ -50,7 +50,7 @@ impl Door {
             strangers: Crowd::new(most, count(limits.per_address)),
             hosts: Crowd::new(most, count(limits.per_host)),
             threads: AtomicUsize::new(0),
-            // Both crowds and the agent's, the threads of those that have just left them, and the migrations.
+            // Both crowds, the threads of those that have just left them, and the migrations.
             threads_max: most
                 .saturating_mul(4)
                 .saturating_add(count(limits.migrations).saturating_mul(2)),

@@ -168,8 +168,10 @@ impl Port {
     ) -> io::Result<Option<Packet>> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let mut buffer = self.received.lock().unwrap_or_else(PoisonError::into_inner);
+        if deadline.is_some() && !self.wait(PollFlags::IN, deadline)? {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
         if buffer.is_empty() {
-            // Zeroed by the kernel where it can be: of the buffers of many idle connections little is resident.
             *buffer = vec![0; INLINE_MAX + 1];
         }
         loop {
@@ -206,8 +208,18 @@ impl Port {
             if received.flags.intersects(cut) {
                 return Err(invalid("a packet is too large"));
             }
-            return unpack(&buffer[..received.bytes], fds, body_max).map(Some);
+            let packet = unpack(&buffer[..received.bytes], fds, body_max);
+            if deadline.is_some() {
+                // Who sets one waits for a stranger: there may be many, and most say little.
+                *buffer = Vec::new();
+            }
+            return packet.map(Some);
         }
+    }
+
+    /// The socket, to wait until it can be read.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 
     /// Closes both directions: the other end still gets what was sent.

@@ -11,6 +11,8 @@ use std::time::Duration;
 
 use palanquin_engine::message::{MESSAGE_MAX, Reason};
 use palanquin_engine::{Message, MigrationId};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use tracing::{debug, warn};
 
 use super::confine::{ConfineError, confine};
@@ -199,12 +201,9 @@ impl Process {
         }
     }
 
-    /// Gives the agent a control connection, and carries it until it ends. The agent counts it from then on.
-    pub(super) fn arrived(
-        &self,
-        authenticated: Authenticated,
-        place: Place<String, TcpStream>,
-    ) -> io::Result<()> {
+    /// Gives the agent a control connection, and carries it until it ends. It keeps its place until the agent says that it
+    /// belongs to a migration.
+    pub(super) fn arrived(&self, authenticated: Authenticated, place: Waiting) -> io::Result<()> {
         let wire = Arc::new(WireChannel::new(authenticated)?);
         let (port, theirs) = Port::pair()?;
         let (id, connected) = self.connected(&wire);
@@ -214,8 +213,7 @@ impl Process {
             return Err(error);
         }
         drop(theirs);
-        drop(place);
-        self.carry(id, &wire, port);
+        self.carry(id, &wire, port, Some(place));
         Ok(())
     }
 
@@ -234,7 +232,7 @@ impl Process {
                 let (id, connected) = self.connected(&wire);
                 // If the agent does not want it any more, carrying it ends at once.
                 let _ = port.send(&FromControl::Connected(connected).encoded(), &[]);
-                self.carry(id, &wire, port);
+                self.carry(id, &wire, port, None);
             }
             Err(reason) => {
                 let told = Told::new(&reason.code, &reason.message);
@@ -256,39 +254,97 @@ impl Process {
     }
 
     /// Carries messages in both directions until either end closes.
-    fn carry(&self, id: u64, wire: &Arc<WireChannel>, port: Port) {
+    fn carry(&self, id: u64, wire: &Arc<WireChannel>, port: Port, waiting: Option<Waiting>) {
         let port = Arc::new(port);
-        let (out, from) = (Arc::clone(wire), Arc::clone(&port));
-        spawn("control-out", move || {
-            while let Ok(Some(packet)) = from.receive(None, MESSAGE_MAX) {
-                let Ok(message) = Message::decode(&packet.body) else {
-                    break;
-                };
-                if let Err(error) = out.send(&message) {
-                    debug!(%error, "send failed");
-                    break;
-                }
-            }
-            out.close();
-        });
-        let told = loop {
-            let message = match wire.receive() {
-                Ok(message) => message,
-                Err(error) => break wire_reason(&error),
-            };
-            let Ok(encoded) = message.encode() else {
-                break Told::new("connection-lost", "a message cannot be encoded");
-            };
-            let packet = FromControl::Message(encoded[4..].to_vec().into());
-            if port.send(&packet.encoded(), &[]).is_err() {
-                break Told::new("connection-lost", "the agent does not take it");
-            }
+        let settled = waiting.map_or(Ok(()), |place| carry_waiting(wire, &port, place));
+        let told = match settled {
+            Ok(()) => carry_settled(wire, &port),
+            Err(told) => told,
         };
         let _ = port.send(&FromControl::Ended(told).encoded(), &[]);
         port.close();
         wire.close();
         lock(&self.controls).remove(&id);
     }
+}
+
+/// A place among the connections that belong to no migration.
+type Waiting = Place<String, TcpStream>;
+
+/// Carries messages while a connection belongs to no migration: on this one thread and without buffers while nothing
+/// comes, because there may be many. Returns when it belongs to one.
+fn carry_waiting(wire: &WireChannel, port: &Port, place: Waiting) -> Result<(), Told> {
+    loop {
+        while let Some(message) = wire.arrived().map_err(|error| wire_reason(&error))? {
+            give_agent(port, &message)?;
+        }
+        let mut fds = [
+            PollFd::from_borrowed_fd(port.socket(), PollFlags::IN),
+            PollFd::from_borrowed_fd(wire.socket(), PollFlags::IN),
+        ];
+        match poll(&mut fds, None) {
+            Err(Errno::INTR) => continue,
+            Err(errno) => return Err(Told::new("connection-lost", &errno.to_string())),
+            Ok(_) => {}
+        }
+        let [from_agent, from_peer] = fds.map(|fd| !fd.revents().is_empty());
+        if from_agent {
+            match port.receive(Some(Duration::ZERO), MESSAGE_MAX) {
+                Ok(Some(packet)) if packet.body.is_empty() => {
+                    drop(place);
+                    return Ok(());
+                }
+                Ok(Some(packet)) => give_peer(wire, &packet)?,
+                Ok(None) | Err(_) => return Err(Told::new("closed", "the agent has closed it")),
+            }
+        }
+        if from_peer {
+            wire.read_once().map_err(|error| wire_reason(&error))?;
+        }
+    }
+}
+
+/// Carries messages of a migration: a thread for each direction, so that neither waits for the other. Gives why it ended.
+fn carry_settled(wire: &Arc<WireChannel>, port: &Arc<Port>) -> Told {
+    let (out, from) = (Arc::clone(wire), Arc::clone(port));
+    spawn("control-out", move || {
+        while let Ok(Some(packet)) = from.receive(None, MESSAGE_MAX) {
+            // It may have been told that it belongs to a migration when it did already.
+            if !packet.body.is_empty() && give_peer(&out, &packet).is_err() {
+                break;
+            }
+        }
+        out.close();
+    });
+    loop {
+        let given = match wire.receive() {
+            Ok(message) => give_agent(port, &message),
+            Err(error) => Err(wire_reason(&error)),
+        };
+        if let Err(told) = given {
+            return told;
+        }
+    }
+}
+
+fn give_agent(port: &Port, message: &Message) -> Result<(), Told> {
+    let lost = |what| Told::new("connection-lost", what);
+    let Ok(encoded) = message.encode() else {
+        return Err(lost("a message cannot be encoded"));
+    };
+    let packet = FromControl::Message(encoded[4..].to_vec().into());
+    port.send(&packet.encoded(), &[])
+        .map_err(|_| lost("the agent does not take it"))
+}
+
+fn give_peer(wire: &WireChannel, packet: &Packet) -> Result<(), Told> {
+    let Ok(message) = Message::decode(&packet.body) else {
+        return Err(Told::new("connection-lost", "the agent says no message"));
+    };
+    wire.send(&message).map_err(|error| {
+        debug!(%error, "send failed");
+        wire_reason(&error)
+    })
 }
 
 /// A thread; without one what it would have served ends.

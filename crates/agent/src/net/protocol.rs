@@ -210,7 +210,8 @@ pub struct Sign {
     pub message: ByteVec,
 }
 
-/// From the network process, over the port of a control connection. What goes the other way is a message's CBOR.
+/// From the network process, over the port of a control connection. What goes the other way is a message's CBOR, or nothing:
+/// the connection belongs to a migration from now on.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub enum FromControl {
     /// The connection that was asked for stands.

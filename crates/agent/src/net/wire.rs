@@ -5,6 +5,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -17,6 +18,8 @@ use crate::tls::Authenticated;
 
 /// Longest time for the other end to take what we send.
 const SEND_TIMEOUT: Duration = Duration::from_secs(20);
+/// Bytes taken from the socket at once.
+const READ_BYTES: usize = 16 * 1024;
 
 /// Why a channel ended.
 #[derive(Debug, thiserror::Error)]
@@ -117,22 +120,50 @@ impl WireChannel {
     /// The channel ended, or what came is no message.
     pub fn receive(&self) -> Result<Message, WireError> {
         let mut received = lock(&self.received);
-        let mut wire = vec![0; 16 * 1024];
+        let mut wire = vec![0; READ_BYTES];
         loop {
             if let Some(message) = take_message(&mut received)? {
                 return Ok(message);
             }
-            let count = match (&self.tcp).read(&mut wire) {
-                Ok(0) => return Err(WireError::Closed),
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error.into()),
-            };
-            let closed = self.decrypt(&wire[..count], &mut received)?;
-            if closed && take_len(&received)?.is_none() {
-                return Err(WireError::Closed);
-            }
+            self.read(&mut wire, &mut received)?;
         }
+    }
+
+    /// A message that has arrived already. Only the thread that receives may call this.
+    ///
+    /// # Errors
+    ///
+    /// What came is no message.
+    pub fn arrived(&self) -> Result<Option<Message>, WireError> {
+        Ok(take_message(&mut lock(&self.received))?)
+    }
+
+    /// Reads from the socket once; see [`WireChannel::arrived`]. Only the thread that receives may call this.
+    ///
+    /// # Errors
+    ///
+    /// The channel ended.
+    pub fn read_once(&self) -> Result<(), WireError> {
+        self.read(&mut vec![0; READ_BYTES], &mut lock(&self.received))
+    }
+
+    fn read(&self, wire: &mut [u8], received: &mut Vec<u8>) -> Result<(), WireError> {
+        let count = match (&self.tcp).read(wire) {
+            Ok(0) => return Err(WireError::Closed),
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let closed = self.decrypt(&wire[..count], received)?;
+        if closed && take_len(received)?.is_none() {
+            return Err(WireError::Closed);
+        }
+        Ok(())
+    }
+
+    /// The socket, to wait until it can be read.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.tcp.as_fd()
     }
 
     /// Feeds bytes of the wire to TLS and appends what they hold; true once the other end has closed.

@@ -42,9 +42,9 @@ const PENDING_OF_ONE: u64 = 64;
 const OTHER_THREADS: u64 = 40;
 /// Most threads in all: those of connections that were closed need a moment to end.
 const THREADS: u64 = 4 * PENDING + OTHER_THREADS;
-/// Most threads for one host that fills all of its places: a thread for each connection that has not shown what it is for,
-/// and three for each control connection, of which one is the privileged process's.
-const THREADS_OF_HOST: u64 = 4 * PENDING_OF_ONE + OTHER_THREADS;
+/// Most threads for one host that fills all of its places: one for each connection, and for control connections one more,
+/// which is the privileged process's.
+const THREADS_OF_HOST: u64 = 2 * PENDING_OF_ONE + OTHER_THREADS;
 /// Most memory that they may cost.
 const MEMORY_KIB: u64 = 64 << 10;
 /// The agent's deadline for a handshake, and a busy machine.

@@ -39,7 +39,13 @@ pub(crate) fn run(chains: usize, missing: bool) -> Result<()> {
     setup::install()?;
     guest::build()?;
     steps::build_for_the_end()?;
-    let dir = root().join("target/kill-matrix");
+    // Some cells are looked at by themselves: the table is of all.
+    let is_part = std::env::var_os("PALANQUIN_MATRIX_ONLY").is_some();
+    let dir = root().join(if is_part {
+        "target/kill-matrix.part"
+    } else {
+        "target/kill-matrix"
+    });
     if !missing {
         // What an earlier run found says nothing about this one.
         let _ = fs::remove_dir_all(&dir);
@@ -63,9 +69,11 @@ pub(crate) fn run(chains: usize, missing: bool) -> Result<()> {
     for mut child in running {
         failed |= !child.wait()?.success();
     }
-    write()?;
+    if !is_part {
+        write()?;
+    }
     if failed {
-        bail!("cells failed: they are in the output above and in docs/kill-matrix.md");
+        bail!("cells failed: they are in the output above");
     }
     Ok(())
 }

@@ -384,7 +384,7 @@ impl Player {
     }
 
     fn any_done(&self, u: &mut Unstructured<'_>) -> Result<SourceDone> {
-        Ok(match u.int_in_range(0..=4)? {
+        Ok(match u.int_in_range(0..=5)? {
             0 => SourceDone::Done,
             1 => SourceDone::Collected(self.pages(u)?),
             2 => SourceDone::DeviceState {
@@ -392,6 +392,7 @@ impl Player {
                 sha256: Sha256([1; 32]),
             },
             3 => SourceDone::Root(messages::root(u)?),
+            4 => SourceDone::Paused(Duration::from_micros(u.arbitrary()?)),
             _ => SourceDone::NoRoot,
         })
     }
@@ -441,6 +442,7 @@ impl Player {
                 SourceDone::Done
             }
             Kind::Pages => SourceDone::Collected(self.pages(u)?),
+            Kind::Pause => SourceDone::Paused(Duration::from_micros(u.arbitrary()?)),
             Kind::Save => SourceDone::DeviceState {
                 bytes: 9,
                 sha256: Sha256([1; 32]),

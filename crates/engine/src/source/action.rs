@@ -1,5 +1,7 @@
 //! What goes into a source and what comes out of it.
 
+use std::time::Duration;
+
 use crate::convergence::Limits;
 use crate::ids::{Root, Sha256, StreamSecret};
 use crate::journal::SourceRecord;
@@ -100,10 +102,12 @@ pub enum SourceAction {
         /// The pages.
         block: Block,
     },
-    /// Stop the virtual CPUs, then report.
+    /// Stop the virtual CPUs, then report for how long they have been. What of the device state can be saved before that may be
+    /// given to the first stream already.
     Pause(Op),
-    /// Save the device state and give it to the first stream piece by piece while it is being saved; then report its
-    /// length and digest.
+    /// Save the (rest of the) device state and give it to the first stream piece by piece while it is being saved; then
+    /// report the length and digest of all of it. Until it is reported as done the VM may begin to run again by itself: then
+    /// it is reported as failed.
     SaveDeviceState(Op),
     /// Compute the root over the digests of what was sent until the end of the last round, then report.
     ComputeRoot(Op),
@@ -142,6 +146,8 @@ pub enum RoundMark {
 pub enum SourceDone {
     /// Journal, streams, tracking, pages, pause, resume, erase: just done.
     Done,
+    /// The VM is paused, for so long already. [`Self::Done`] means: perhaps since it was asked for.
+    Paused(Duration),
     /// The pages asked for.
     Collected(PageSet),
     /// The device state is saved, and was given to the first stream.

@@ -685,7 +685,10 @@ impl Source {
                 }
             }
             (State::Pausing { op: expected, .. }, SourceDone::Done) if *expected == op => {
-                self.paused(now);
+                self.paused(now, Duration::MAX);
+            }
+            (State::Pausing { op: expected, .. }, SourceDone::Paused(since)) if *expected == op => {
+                self.paused(now, since);
             }
             (State::Draining(_), done) if !is_post_copy => self.drained(now, op, done),
             (State::AwaitReady { root_op, root, .. }, SourceDone::Root(computed))

@@ -220,7 +220,8 @@ impl Source {
         }
     }
 
-    pub(super) fn paused(&mut self, now: Time) {
+    /// The VM has been paused for this long, at most since it was asked for.
+    pub(super) fn paused(&mut self, now: Time, since: Duration) {
         let State::Pausing {
             pending,
             began,
@@ -230,7 +231,7 @@ impl Source {
         else {
             return;
         };
-        self.progress.downtime.pause = now - began;
+        self.progress.downtime.pause = since.min(now - began);
         self.mark = now;
         let save = self.op();
         let op = self.op();

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::{Child, ExitStatus};
 use std::time::Duration;
 
@@ -66,6 +66,11 @@ impl Process {
             let _ = waitid(WaitId::PidFd(self.fd.as_fd()), options);
         }
         ended
+    }
+
+    /// Can be read once it has ended.
+    pub(crate) fn ended(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 
     /// Ends it by force and waits; false if it is still there after the timeout.

@@ -239,6 +239,14 @@ pub trait Vm: Send + Sync {
     /// Stops the virtual CPUs; when this returns, memory and devices do not change any more.
     fn pause(&self) -> Result<(), Error>;
 
+    /// Begins to save a VM that may run, to `to`, and pauses it; when this returns, memory and devices do not change any
+    /// more. What `to` gets is the beginning of what [`Vm::save_device_state`] goes on with: that part of the state for which
+    /// the VM need not stand still. `limit_bytes` bounds the whole. Gives for how long the VM has been paused.
+    ///
+    /// Until `save_device_state` has returned, a hypervisor whose state cannot be saved any more (an error, or the agent is
+    /// gone) may let a VM that ran run again by itself: it has lost nothing, and nobody else has all of it.
+    fn pause_to_save(&self, limit_bytes: u64, to: &mut dyn Write) -> Result<Duration, Error>;
+
     /// Lets the virtual CPUs run, on a source after an abort (also after its state was saved) as on a
     /// destination after its state was loaded.
     fn resume(&self) -> Result<(), Error>;
@@ -246,9 +254,14 @@ pub trait Vm: Send + Sync {
     /// Makes ready what `save_device_state` needs, so that the pause is shorter. Idempotent.
     fn prepare_to_save(&self) -> Result<(), Error>;
 
-    /// Writes the state of CPUs and devices of a paused VM to `to` while it is being saved; `limit_bytes` bounds it. An
-    /// error of `to` ends it.
+    /// Writes the state of CPUs and devices of a paused VM to `to` while it is being saved; `limit_bytes` bounds it. After
+    /// [`Vm::pause_to_save`] only the rest, and that limit counts. An error of `to` ends it. Once it has returned well, the
+    /// VM stays paused until [`Vm::resume`].
     fn save_device_state(&self, limit_bytes: u64, to: &mut dyn Write) -> Result<(), Error>;
+
+    /// Ends what is under way of saving, also when another agent has begun it; a VM that ran when that began may run
+    /// afterwards. To be called before [`Vm::run_state`] is believed and [`Vm::resume`] is asked for. Idempotent.
+    fn stop_saving(&self) -> Result<(), Error>;
 
     /// Makes ready what `load_device_state` needs, so that the pause is shorter. For an incoming container; idempotent.
     fn prepare_to_load(&self) -> Result<(), Error>;

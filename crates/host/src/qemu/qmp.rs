@@ -9,8 +9,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use qapi::Command;
 use rustix::net::{
@@ -22,6 +22,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use crate::Error;
+use crate::wait::any_readable;
 
 /// Longest wait for an answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -60,7 +61,47 @@ struct Reply {
     value: Option<Value>,
     error: Option<ReplyError>,
     event: Option<String>,
+    #[serde(default)]
+    data: Value,
+    timestamp: Option<Timestamp>,
     id: Option<Value>,
+}
+
+/// When QEMU says that something happened, by the clock of the host.
+#[derive(Clone, Copy, Deserialize)]
+struct Timestamp {
+    seconds: i64,
+    microseconds: i64,
+}
+
+impl Timestamp {
+    /// None where QEMU does not know the time, or nobody lives then.
+    fn time(self) -> Option<SystemTime> {
+        let seconds = u64::try_from(self.seconds).ok()?;
+        let microseconds = u64::try_from(self.microseconds).ok()?;
+        let since =
+            Duration::from_secs(seconds).checked_add(Duration::from_micros(microseconds))?;
+        SystemTime::UNIX_EPOCH.checked_add(since)
+    }
+}
+
+/// What QEMU has reported by itself since [`Monitor::forget_reports`].
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Reports {
+    /// How far its migration is; only where the capability `events` is set.
+    pub(crate) migration: Option<String>,
+    /// When the VM stopped.
+    pub(crate) stopped: Option<SystemTime>,
+}
+
+impl Reports {
+    fn note(&mut self, event: &str, data: &Value, timestamp: Option<Timestamp>) {
+        match event {
+            "MIGRATION" => self.migration = data["status"].as_str().map(str::to_owned),
+            "STOP" => self.stopped = timestamp.and_then(Timestamp::time),
+            _ => {}
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -127,16 +168,57 @@ impl Monitor {
         self.execute_with(&command, Some(fd), TIMEOUT).map(drop)
     }
 
+    fn slot(&self) -> MutexGuard<'_, Option<Connection>> {
+        self.connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on only what is reported later counts.
+    pub(crate) fn forget_reports(&self) {
+        if let Some(connection) = &mut *self.slot() {
+            connection.reports = Reports::default();
+        }
+    }
+
+    /// What was reported so far on this connection, without waiting for anything.
+    pub(crate) fn reports(&self) -> Reports {
+        let slot = self.slot();
+        slot.as_ref()
+            .map_or_else(Reports::default, |connection| connection.reports.clone())
+    }
+
+    /// Waits until QEMU reports something, or `other` can be read, or `patience` is over; says whether QEMU did and whether
+    /// `other` can be.
+    pub(crate) fn wait_report(
+        &self,
+        other: BorrowedFd<'_>,
+        patience: Duration,
+    ) -> Result<[bool; 2], Error> {
+        let mut slot = self.slot();
+        let Some(connection) = &mut *slot else {
+            // The next command makes a new one. Reports are not to be expected before.
+            return Ok([false, any_readable([other], patience)[0]]);
+        };
+        let [reports, readable] = if connection.reader.buffer().is_empty() {
+            any_readable([connection.reader.get_ref().as_fd(), other], patience)
+        } else {
+            [true, any_readable([other], Duration::ZERO)[0]]
+        };
+        if reports && let Err(error) = connection.report(Instant::now() + TIMEOUT) {
+            *slot = None;
+            return Err(self.failed(error));
+        }
+        Ok([reports, readable])
+    }
+
     fn execute_with<C: Command>(
         &self,
         command: &C,
         fd: Option<BorrowedFd<'_>>,
         patience: Duration,
     ) -> Result<(Value, Option<String>), Error> {
-        let mut slot = self
-            .connection
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut slot = self.slot();
         let deadline = Instant::now() + patience;
         let id = Uuid::new_v4().to_string();
         let request = Execute::line(command, &id).map_err(|error| self.failed(error))?;
@@ -175,9 +257,19 @@ impl Monitor {
     }
 }
 
-struct Connection(BufReader<UnixStream>);
+struct Connection {
+    reader: BufReader<UnixStream>,
+    reports: Reports,
+}
 
 impl Connection {
+    fn new(stream: UnixStream) -> Self {
+        Self {
+            reader: BufReader::new(stream),
+            reports: Reports::default(),
+        }
+    }
+
     fn open(path: &Path, deadline: Instant) -> io::Result<Self> {
         let socket = socket_with(
             AddressFamily::UNIX,
@@ -188,7 +280,7 @@ impl Connection {
         // A monitor that another client uses does not accept; then connecting waits, for as long as sending may.
         sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(left(deadline)?))?;
         connect(&socket, &SocketAddrUnix::new(path)?)?;
-        let mut connection = Self(BufReader::new(UnixStream::from(socket)));
+        let mut connection = Self::new(UnixStream::from(socket));
         connection.line(deadline).map_err(|error| {
             if error.kind() == io::ErrorKind::TimedOut {
                 io::Error::new(error.kind(), "no greeting: another client may be connected")
@@ -212,7 +304,7 @@ impl Connection {
         fd: Option<BorrowedFd<'_>>,
         deadline: Instant,
     ) -> io::Result<Reply> {
-        let stream = self.0.get_mut();
+        let stream = self.reader.get_mut();
         stream.set_write_timeout(Some(left(deadline)?))?;
         let sent = match fd {
             Some(fd) => send_with(stream, request, fd)?,
@@ -230,20 +322,36 @@ impl Connection {
                 tracing::debug!(id = ?reply.id, "QEMU answers a command that is not ours");
                 continue;
             }
-            if let Some(event) = reply.event {
-                tracing::debug!(event, "QEMU reports");
+            if let Some(event) = self.noted(&reply) {
                 last_event = Some(event);
             }
         }
     }
 
+    /// Keeps what is of interest later; gives the event's name.
+    fn noted(&mut self, reply: &Reply) -> Option<String> {
+        let event = reply.event.as_deref()?;
+        tracing::debug!(event, data = %reply.data, "QEMU reports");
+        self.reports.note(event, &reply.data, reply.timestamp);
+        Some(event.to_owned())
+    }
+
+    /// Takes one line that is no answer.
+    fn report(&mut self, deadline: Instant) -> io::Result<()> {
+        let reply: Reply = serde_json::from_slice(&self.line(deadline)?)?;
+        self.noted(&reply);
+        Ok(())
+    }
+
     fn line(&mut self, deadline: Instant) -> io::Result<Vec<u8>> {
         let mut line = Vec::new();
         loop {
-            if self.0.buffer().is_empty() {
-                self.0.get_ref().set_read_timeout(Some(left(deadline)?))?;
+            if self.reader.buffer().is_empty() {
+                self.reader
+                    .get_ref()
+                    .set_read_timeout(Some(left(deadline)?))?;
             }
-            let chunk = match self.0.fill_buf() {
+            let chunk = match self.reader.fill_buf() {
                 Ok([]) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(chunk) => chunk,
                 // How Linux reports a receive timeout.
@@ -262,7 +370,7 @@ impl Connection {
                 ));
             }
             line.extend_from_slice(&chunk[..count]);
-            self.0.consume(count);
+            self.reader.consume(count);
             if end.is_some() {
                 return Ok(line);
             }
@@ -297,7 +405,7 @@ fn left(deadline: Instant) -> io::Result<Duration> {
 /// What a client makes of a monitor that has sent these bytes and hung up.
 #[cfg(feature = "fuzzing")]
 pub(super) fn answer(said: UnixStream, deadline: Instant) -> io::Result<Option<Value>> {
-    let mut connection = Connection(BufReader::new(said));
+    let mut connection = Connection::new(said);
     connection
         .exchange(b"", "1", None, deadline)
         .map(|reply| reply.value)
@@ -368,6 +476,40 @@ mod tests {
         let (_dir, monitor) = serve(vec![[GREETING, &[paused, again]].concat()]);
         assert!(monitor.execute_for(&qapi::qmp::stop {}, "STOP").unwrap());
         assert!(!monitor.execute_for(&qapi::qmp::stop {}, "STOP").unwrap());
+    }
+
+    #[test]
+    fn what_is_reported_before_an_answer_and_later_is_kept_until_it_is_forgotten() {
+        let stop = "{\"timestamp\":{\"seconds\":7,\"microseconds\":5},\"event\":\"STOP\"}\n{\"return\":{},\"id\":ID}\n\
+                    {\"event\":\"MIGRATION\",\"data\":{\"status\":\"device\"},\"timestamp\":{\"seconds\":-1,\"microseconds\":-1}}\n";
+        let (_dir, monitor) = serve(vec![[GREETING, &[stop]].concat()]);
+        let (quiet, _open) = UnixStream::pair().unwrap();
+        let wait = |patience| monitor.wait_report(quiet.as_fd(), patience);
+        assert_eq!(
+            wait(Duration::ZERO).unwrap(),
+            [false, false],
+            "not connected"
+        );
+        monitor.execute_value(&qapi::qmp::stop {}).unwrap();
+        let stopped = SystemTime::UNIX_EPOCH + Duration::from_micros(7_000_005);
+        assert_eq!(monitor.reports().stopped, Some(stopped));
+        assert_eq!(wait(Duration::from_secs(20)).unwrap(), [true, false]);
+        assert_eq!(monitor.reports().migration.as_deref(), Some("device"));
+        monitor.forget_reports();
+        assert_eq!(monitor.reports().migration, None);
+        assert_eq!(monitor.reports().stopped, None);
+    }
+
+    #[test]
+    fn a_clock_that_cannot_be_gives_no_time() {
+        let at = |seconds, microseconds| Timestamp {
+            seconds,
+            microseconds,
+        };
+        assert_eq!(at(-1, 0).time(), None);
+        assert_eq!(at(0, -1).time(), None);
+        assert_eq!(at(i64::MAX, i64::MAX).time(), None);
+        assert!(at(0, 0).time().is_some());
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use qapi::qmp;
 use serde_json::Value;
@@ -18,26 +18,50 @@ use crate::wait::readable;
 
 /// Longest time for a whole save or load.
 const DEADLINE: Duration = Duration::from_secs(30);
-/// Between two looks at QEMU's progress: it tells completion by an event only when asked at start.
-/// The VM stands still meanwhile, so it is asked often; an answer takes about as long.
-const POLL: Duration = Duration::from_micros(200);
+/// Between two questions for QEMU's progress where it reports nothing: it tells everything by events, but not to a connection
+/// that was made anew meanwhile.
+const ASK: Duration = Duration::from_millis(20);
 
 /// What QEMU calls our socket.
 const SOCKET: &str = "palanquin-state";
 /// Bytes that are read at once.
 const CHUNK: usize = 256 << 10;
 
+/// Sets what QEMU's migrations are like.
+fn set_capabilities(
+    monitor: &Monitor,
+    capabilities: &[(qmp::MigrationCapability, bool)],
+) -> Result<(), Error> {
+    let capabilities = capabilities
+        .iter()
+        .copied()
+        .map(|(capability, state)| qmp::MigrationCapabilityStatus { capability, state })
+        .collect();
+    monitor
+        .execute_value(&qmp::migrate_set_capabilities { capabilities })
+        .map(drop)
+}
+
 /// Turns on what a migration without RAM needs. May be repeated.
 pub(crate) fn enable(monitor: &Monitor) -> Result<(), Error> {
-    let capability = qmp::MigrationCapabilityStatus {
-        capability: qmp::MigrationCapability::x_ignore_shared,
-        state: true,
-    };
-    monitor
-        .execute_value(&qmp::migrate_set_capabilities {
-            capabilities: vec![capability],
-        })
-        .map(drop)
+    use qmp::MigrationCapability::{events, x_ignore_shared};
+    set_capabilities(monitor, &[(x_ignore_shared, true), (events, true)])
+}
+
+/// Lets a source stop for us between pausing its VM and saving its devices. May be repeated.
+pub(crate) fn enable_hold(monitor: &Monitor) -> Result<(), Error> {
+    let hold = qmp::MigrationCapability::pause_before_switchover;
+    set_capabilities(monitor, &[(hold, true)])
+}
+
+/// Takes back what would surprise whoever lets QEMU migrate by itself later: its migration would wait for us, or leave the
+/// RAM behind.
+pub(crate) fn disable(monitor: &Monitor) {
+    use qmp::MigrationCapability::{pause_before_switchover, x_ignore_shared};
+    let off = [(x_ignore_shared, false), (pause_before_switchover, false)];
+    if let Err(error) = set_capabilities(monitor, &off) {
+        tracing::debug!(%error, "the capabilities of QEMU's migration stay as they are");
+    }
 }
 
 /// Lets QEMU send as fast as it can.
@@ -66,30 +90,35 @@ fn uri() -> String {
     format!("fd:{SOCKET}")
 }
 
-/// Waits for a moment, or until the process has ended: then that is the error.
-fn breathe(process: &Process) -> Result<(), Error> {
-    if process.has_ended(POLL) {
-        return Err(Error::ProcessGone { pid: process.pid() });
-    }
-    Ok(())
+/// What QEMU's migration is, asked for.
+fn ask(monitor: &Monitor) -> Result<Value, Error> {
+    monitor.execute_value(&qmp::query_migrate {})
 }
 
+/// Why it ended badly.
+fn why(monitor: &Monitor) -> Error {
+    let status = ask(monitor).unwrap_or_default();
+    let why = status["error-desc"].as_str();
+    Error::DeviceState(why.unwrap_or("QEMU names no reason").to_owned())
+}
+
+/// Waits until QEMU's migration has got there.
 fn wait_completed(process: &Process, monitor: &Monitor, deadline: Instant) -> Result<(), Error> {
+    let mut status = monitor.reports().migration;
     loop {
-        let status = monitor.execute_value(&qmp::query_migrate {})?;
-        match status["status"].as_str() {
+        match status.as_deref() {
             Some("completed") => return Ok(()),
-            Some("failed" | "cancelled") => {
-                let why = status["error-desc"]
-                    .as_str()
-                    .unwrap_or("QEMU names no reason");
-                return Err(Error::DeviceState(why.to_owned()));
-            }
+            Some("failed" | "cancelled") => return Err(why(monitor)),
             _ if Instant::now() >= deadline => {
                 return Err(Error::Timeout("moving the device state"));
             }
-            _ => breathe(process)?,
+            _ => {}
         }
+        status = match monitor.wait_report(process.ended(), ASK)? {
+            [_, true] => return Err(Error::ProcessGone { pid: process.pid() }),
+            [true, _] => monitor.reports().migration,
+            [false, false] => ask(monitor)?["status"].as_str().map(str::to_owned),
+        };
     }
 }
 
@@ -107,65 +136,176 @@ pub(crate) fn describe(monitor: &Monitor, wanted: bool) {
     }
 }
 
-/// Saves the state of a paused VM to a connection of which it has the other end.
-pub(crate) fn save(
-    process: &Process,
-    monitor: &Monitor,
+/// A state that is being saved, to a connection of which QEMU has the other end.
+pub(crate) struct Saving {
     stream: UnixStream,
     limit_bytes: u64,
-    to: &mut dyn Write,
-) -> Result<(), Error> {
-    let result = receive(process, monitor, stream, limit_bytes, to);
+    passed_bytes: u64,
+    chunk: Vec<u8>,
+}
+
+impl Saving {
+    /// Nothing is saved yet; at most `limit_bytes` will be taken.
+    pub(crate) fn new(stream: UnixStream, limit_bytes: u64) -> Self {
+        Self {
+            stream,
+            limit_bytes,
+            passed_bytes: 0,
+            chunk: vec![0; CHUNK],
+        }
+    }
+
+    /// Begins to save a VM that may run. QEMU sends what it need not stop it for (the small memory that is not shared, as
+    /// of firmware, which is most of the state), then stops it and waits. Passes on what was sent until then; gives for how
+    /// long the VM has been stopped. On an error QEMU lets it run again by itself, if it ran.
+    pub(crate) fn begin(
+        &mut self,
+        process: &Process,
+        monitor: &Monitor,
+        to: &mut dyn Write,
+    ) -> Result<Duration, Error> {
+        let began = Instant::now();
+        monitor.forget_reports();
+        let stopped = self
+            .migrate(monitor)
+            .and_then(|()| self.hold(process, monitor, began + DEADLINE, to));
+        let stopped = cancelled_on_error(monitor, stopped)?;
+        // By QEMU's word, but never before it was asked to.
+        let since = stopped.and_then(|stopped| stopped.elapsed().ok());
+        Ok(since.unwrap_or_default().min(began.elapsed()))
+    }
+
+    fn migrate(&self, monitor: &Monitor) -> Result<(), Error> {
+        let command = qmp::migrate {
+            channels: None,
+            detach: None,
+            resume: None,
+            uri: Some(uri()),
+        };
+        monitor.execute_value(&command).map(drop)
+    }
+
+    fn hold(
+        &mut self,
+        process: &Process,
+        monitor: &Monitor,
+        deadline: Instant,
+        to: &mut dyn Write,
+    ) -> Result<Option<SystemTime>, Error> {
+        loop {
+            let reports = monitor.reports();
+            match reports.migration.as_deref() {
+                Some("pre-switchover") => return Ok(reports.stopped),
+                Some("failed" | "cancelled") => return Err(why(monitor)),
+                Some("completed") => {
+                    return Err(Error::DeviceState("QEMU did not wait".to_owned()));
+                }
+                _ if Instant::now() >= deadline => {
+                    return Err(Error::Timeout("pausing the VM"));
+                }
+                _ => {}
+            }
+            let [reported, readable] = monitor.wait_report(self.stream.as_fd(), ASK)?;
+            if readable && self.pass_on(to)? == 0 {
+                return Err(why(monitor));
+            }
+            if !reported && !readable {
+                if process.has_ended(Duration::ZERO) {
+                    return Err(Error::ProcessGone { pid: process.pid() });
+                }
+                if ask(monitor)?["status"] == "pre-switchover" {
+                    return Ok(None);
+                }
+            }
+        }
+    }
+
+    /// Saves the state of a VM that is paused, or the rest of it where that was begun. On an error QEMU lets the VM run
+    /// again by itself where it was [`Self::begin`] that stopped it.
+    pub(crate) fn end(
+        mut self,
+        process: &Process,
+        monitor: &Monitor,
+        begun: bool,
+        to: &mut dyn Write,
+    ) -> Result<(), Error> {
+        let deadline = Instant::now() + DEADLINE;
+        let asked = if begun {
+            let state = qmp::MigrationStatus::pre_switchover;
+            monitor
+                .execute_value(&qmp::migrate_continue { state })
+                .map(drop)
+        } else {
+            monitor.forget_reports();
+            self.migrate(monitor)
+        };
+        let saved = asked
+            .and_then(|()| self.pass_on_rest(deadline, to))
+            .and_then(|()| wait_completed(process, monitor, deadline));
+        cancelled_on_error(monitor, saved)
+    }
+
+    fn pass_on_rest(&mut self, deadline: Instant, to: &mut dyn Write) -> Result<(), Error> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !readable(&self.stream, left) {
+                return Err(Error::Timeout("saving the device state"));
+            }
+            if self.pass_on(to)? == 0 {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Passes on what can be read; says how much that was, 0 at the end.
+    fn pass_on(&mut self, to: &mut dyn Write) -> Result<usize, Error> {
+        let count = (&self.stream)
+            .read(&mut self.chunk)
+            .map_err(Error::io("reading the device state"))?;
+        self.passed_bytes += count as u64;
+        if self.passed_bytes > self.limit_bytes {
+            let limit_bytes = self.limit_bytes;
+            return Err(Error::DeviceStateSize { limit_bytes });
+        }
+        to.write_all(&self.chunk[..count])
+            .map_err(Error::io("passing the device state on"))?;
+        Ok(count)
+    }
+}
+
+/// Otherwise QEMU refuses to resume while its migration is under way.
+fn cancelled_on_error<T>(monitor: &Monitor, result: Result<T, Error>) -> Result<T, Error> {
     if result.is_err() {
-        // Otherwise QEMU refuses to resume while its migration is under way.
         let _ = monitor.execute_value(&qmp::migrate_cancel {});
     }
     result
 }
 
-fn receive(
+/// Ends what is under way of saving, whoever has begun it, and waits until QEMU has. The VM runs then if it did before,
+/// or is paused.
+pub(crate) fn give_up(
     process: &Process,
     monitor: &Monitor,
-    stream: UnixStream,
-    limit_bytes: u64,
-    to: &mut dyn Write,
+    patience: Duration,
 ) -> Result<(), Error> {
-    let deadline = Instant::now() + DEADLINE;
-    monitor.execute_value(&qmp::migrate {
-        channels: None,
-        detach: None,
-        resume: None,
-        uri: Some(uri()),
-    })?;
-    pass_on(&stream, limit_bytes, deadline, to)?;
-    wait_completed(process, monitor, deadline)
-}
-
-/// Passes on what comes to the end, at most `limit_bytes`.
-fn pass_on(
-    stream: &UnixStream,
-    limit_bytes: u64,
-    deadline: Instant,
-    to: &mut dyn Write,
-) -> Result<(), Error> {
-    let mut passed = 0;
-    let mut chunk = vec![0; CHUNK];
+    let deadline = Instant::now() + patience;
+    let mut cancelled = false;
     loop {
-        if !readable(stream, deadline.saturating_duration_since(Instant::now())) {
-            return Err(Error::Timeout("saving the device state"));
-        }
-        let count = (&mut &*stream)
-            .read(&mut chunk)
-            .map_err(Error::io("reading the device state"))?;
-        if count == 0 {
+        let status = ask(monitor)?;
+        let under_way = ["setup", "active", "pre-switchover", "device", "cancelling"];
+        if !under_way.iter().any(|state| status["status"] == **state) {
             return Ok(());
         }
-        passed += count as u64;
-        if passed > limit_bytes {
-            return Err(Error::DeviceStateSize { limit_bytes });
+        if !cancelled {
+            monitor.execute_value(&qmp::migrate_cancel {})?;
+            cancelled = true;
         }
-        to.write_all(&chunk[..count])
-            .map_err(Error::io("passing the device state on"))?;
+        if Instant::now() >= deadline {
+            return Err(Error::Timeout("giving up saving"));
+        }
+        if process.has_ended(Duration::from_millis(1)) {
+            return Err(Error::ProcessGone { pid: process.pid() });
+        }
     }
 }
 
@@ -179,6 +319,7 @@ pub(crate) fn await_state(monitor: &Monitor) -> Result<UnixStream, Error> {
             problem: e.to_string(),
         })?;
     let stream = connection(monitor)?;
+    monitor.forget_reports();
     monitor.execute_value(&command)?;
     Ok(stream)
 }

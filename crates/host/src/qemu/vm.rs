@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use qapi::qmp;
@@ -17,7 +17,7 @@ use super::obstacle;
 use super::qmp::Monitor;
 use super::ram::QemuRam;
 use super::record;
-use super::state;
+use super::state::{self, Saving};
 use super::storage::direct_disks;
 use super::tracker::QemuTracker;
 use crate::Error;
@@ -45,6 +45,8 @@ pub(crate) struct QemuVm {
     incoming: Mutex<Option<UnixStream>>,
     /// Where a source will save to, once that is prepared.
     outgoing: Mutex<Option<UnixStream>>,
+    /// What of the state is saved already.
+    saving: Mutex<Option<Saving>>,
 }
 
 impl QemuVm {
@@ -57,6 +59,7 @@ impl QemuVm {
             ram: Mutex::new(None),
             incoming: Mutex::new(None),
             outgoing: Mutex::new(None),
+            saving: Mutex::new(None),
         }
     }
 
@@ -88,6 +91,18 @@ impl QemuVm {
         let found = Arc::new(self.or_gone(found)?);
         *ram = Some(Arc::clone(&found));
         Ok(found)
+    }
+
+    fn saving(&self) -> MutexGuard<'_, Option<Saving>> {
+        self.saving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_outgoing(&self) -> Result<UnixStream, Error> {
+        let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
+        match outgoing.take() {
+            Some(stream) => Ok(stream),
+            None => self.or_gone(state::connection(&self.monitor)),
+        }
     }
 
     fn shared_ram(&self, ram: &QemuRam) -> Result<Vec<Obstacle>, Error> {
@@ -445,6 +460,23 @@ impl Vm for QemuVm {
         }
     }
 
+    fn pause_to_save(&self, limit_bytes: u64, to: &mut dyn Write) -> Result<Duration, Error> {
+        // It would not be stopped, and go on when it is woken.
+        if self.status()? == "suspended" {
+            return Err(Error::Answer {
+                command: "query-status",
+                problem: "the VM sleeps".to_owned(),
+            });
+        }
+        let stream = self.take_outgoing()?;
+        self.or_gone(state::enable_hold(&self.monitor))?;
+        let mut saving = Saving::new(stream, limit_bytes);
+        let begun = saving.begin(&self.process, &self.monitor, to);
+        let stopped = self.or_gone(begun)?;
+        *self.saving() = Some(saving);
+        Ok(stopped)
+    }
+
     fn resume(&self) -> Result<(), Error> {
         let deadline = Instant::now() + FINALIZE_TIMEOUT;
         // Right after its state was saved, or saving was cancelled, QEMU still finishes its migration.
@@ -487,14 +519,22 @@ impl Vm for QemuVm {
     }
 
     fn save_device_state(&self, limit_bytes: u64, to: &mut dyn Write) -> Result<(), Error> {
-        let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
-        let stream = match outgoing.take() {
-            Some(stream) => stream,
-            None => self.or_gone(state::connection(&self.monitor))?,
+        let begun = self.saving().take();
+        let is_begun = begun.is_some();
+        let saving = match begun {
+            Some(saving) => saving,
+            None => Saving::new(self.take_outgoing()?, limit_bytes),
         };
-        drop(outgoing);
-        let saved = state::save(&self.process, &self.monitor, stream, limit_bytes, to);
-        self.or_gone(saved)
+        self.or_gone(saving.end(&self.process, &self.monitor, is_begun, to))
+    }
+
+    fn stop_saving(&self) -> Result<(), Error> {
+        *self.saving() = None;
+        self.or_gone(state::give_up(
+            &self.process,
+            &self.monitor,
+            FINALIZE_TIMEOUT,
+        ))
     }
 
     fn prepare_to_load(&self) -> Result<(), Error> {
@@ -519,6 +559,7 @@ impl Vm for QemuVm {
 
     fn settle(&self) {
         state::describe(&self.monitor, true);
+        state::disable(&self.monitor);
     }
 
     fn terminate(&self) -> Result<(), Error> {

@@ -1,8 +1,11 @@
 //! How QEMUs begin, are found, and end.
 
+use std::io;
+use std::path::Path;
 use std::process::Command;
+use std::time::Instant;
 
-use palanquin_host::vm::{Accel, Hypervisor};
+use palanquin_host::vm::{Accel, Hypervisor, RunState};
 
 use crate::bench::{Bench, Guard, QEMU, listens, sweeps, wait_for};
 
@@ -16,18 +19,91 @@ fn a_source_resumes_after_its_state_was_saved() {
     vm.0.prepare_to_save().unwrap();
     for _ in 0..3 {
         vm.0.pause().unwrap();
-        vm.0.save_device_state(64 << 20, &mut std::io::sink())
-            .unwrap();
+        vm.0.save_device_state(64 << 20, &mut io::sink()).unwrap();
         vm.0.resume().unwrap();
     }
     let before = sweeps(&dir);
     wait_for("more sweeps", 60, || sweeps(&dir) > before + 1);
     vm.0.pause().unwrap();
-    let saved = vm.0.save_device_state(1000, &mut std::io::sink());
+    let saved = vm.0.save_device_state(1000, &mut io::sink());
     assert!(saved.is_err(), "the limit holds");
     vm.0.resume().unwrap();
     let before = sweeps(&dir);
     wait_for("more sweeps", 60, || sweeps(&dir) > before + 1);
+}
+
+fn runs_on(vm: &Guard, dir: &Path) {
+    assert_eq!(vm.0.run_state().unwrap(), RunState::Running);
+    let before = sweeps(dir);
+    wait_for("more sweeps", 60, || sweeps(dir) > before + 1);
+}
+
+#[test]
+fn most_of_the_state_is_saved_while_the_vm_runs_and_it_resumes_after_all_or_a_part_of_it() {
+    let bench = Bench::new();
+    let dir = bench.path("a");
+    let machine = bench.machine(Accel::Tcg, vec![96 << 20]);
+    let vm = Guard(bench.qemu.spawn(&machine, &dir).unwrap());
+    wait_for("the first sweep", 60, || sweeps(&dir) >= 1);
+    for save_all in [true, false, true] {
+        vm.0.prepare_to_save().unwrap();
+        let mut state = Vec::new();
+        let began = Instant::now();
+        let paused_for = vm.0.pause_to_save(64 << 20, &mut state).unwrap();
+        assert!(paused_for <= began.elapsed());
+        assert_eq!(vm.0.run_state().unwrap(), RunState::Paused);
+        let early = state.len();
+        assert!(early > 100 << 10, "firmware is large");
+        if save_all {
+            vm.0.save_device_state(64 << 20, &mut state).unwrap();
+            assert!(state.len() > early);
+            assert_eq!(vm.0.run_state().unwrap(), RunState::Paused);
+        }
+        vm.0.stop_saving().unwrap();
+        vm.0.resume().unwrap();
+        vm.0.settle();
+        runs_on(&vm, &dir);
+    }
+    vm.0.prepare_to_save().unwrap();
+    let saved = vm.0.pause_to_save(1000, &mut io::sink());
+    assert!(saved.is_err(), "the limit holds before the pause too");
+    vm.0.stop_saving().unwrap();
+    runs_on(&vm, &dir);
+    vm.0.stop_saving().unwrap();
+    runs_on(&vm, &dir);
+}
+
+#[test]
+fn another_agent_takes_back_a_vm_that_was_paused_to_be_saved() {
+    let bench = Bench::new();
+    let dir = bench.path("a");
+    let machine = bench.machine(Accel::Tcg, vec![96 << 20]);
+    let first = bench.qemu.spawn(&machine, &dir).unwrap();
+    wait_for("the first sweep", 60, || sweeps(&dir) >= 1);
+    first.prepare_to_save().unwrap();
+    first.pause_to_save(64 << 20, &mut io::sink()).unwrap();
+    let handle = first.handle();
+    drop(first);
+    let second = Guard(bench.qemu.attach(&handle, &dir).unwrap());
+    assert_eq!(second.0.run_state().unwrap(), RunState::Paused);
+    second.0.stop_saving().unwrap();
+    second.0.resume().unwrap();
+    runs_on(&second, &dir);
+}
+
+#[test]
+fn a_vm_that_was_paused_before_is_saved_and_stays_paused() {
+    let bench = Bench::new();
+    let dir = bench.path("a");
+    let machine = bench.machine(Accel::Tcg, vec![96 << 20]);
+    let vm = Guard(bench.qemu.spawn(&machine, &dir).unwrap());
+    wait_for("the first sweep", 60, || sweeps(&dir) >= 1);
+    vm.0.pause().unwrap();
+    vm.0.prepare_to_save().unwrap();
+    vm.0.pause_to_save(64 << 20, &mut io::sink()).unwrap();
+    vm.0.save_device_state(64 << 20, &mut io::sink()).unwrap();
+    vm.0.stop_saving().unwrap();
+    assert_eq!(vm.0.run_state().unwrap(), RunState::Paused);
 }
 
 #[test]
@@ -172,7 +248,7 @@ fn a_qemu_that_hangs_is_ended_all_the_same() {
             .unwrap()
             .success()
     );
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     vm.0.terminate().unwrap();
     assert!(vm.0.wait_ended(std::time::Duration::ZERO));
     assert!(began.elapsed() < std::time::Duration::from_secs(6));
@@ -226,8 +302,8 @@ fn a_vm_whose_memory_another_process_maps_is_named() {
         .spawn()
         .unwrap();
     let mut line = String::new();
-    let output = std::io::BufReader::new(other.stdout.take().unwrap());
-    std::io::BufRead::read_line(&mut { output }, &mut line).unwrap();
+    let output = io::BufReader::new(other.stdout.take().unwrap());
+    io::BufRead::read_line(&mut { output }, &mut line).unwrap();
     let codes: Vec<String> =
         vm.0.obstacles()
             .unwrap()

@@ -96,8 +96,8 @@ fn pause_save_load_resume() {
             });
             let destination = Guard(container.unwrap_or_else(|error| panic!("{error:?}")));
             source.0.prepare_to_save().unwrap();
-            timed(&mut pause, || source.0.pause().unwrap());
             let mut state = Vec::new();
+            pause.push(source.0.pause_to_save(64 * MIB, &mut state).unwrap());
             timed(&mut save, || {
                 source.0.save_device_state(64 * MIB, &mut state).unwrap();
             });

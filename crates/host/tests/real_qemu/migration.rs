@@ -1,6 +1,6 @@
 //! A VM copied from outside, from one QEMU to another.
 
-use std::io::Read;
+use std::io::{Cursor, Read};
 use std::path::Path;
 use std::time::Duration;
 
@@ -57,7 +57,8 @@ fn copy_over(bench: &Bench, source: &Guard, source_dir: &Path) {
     });
     copy(source, destination, &again);
 
-    source.pause().unwrap();
+    let mut state = Vec::new();
+    source.pause_to_save(64 << 20, &mut state).unwrap();
     let mut last = Vec::new();
     tracker
         .collect(&mut |region, pages| last.push((region, pages)))
@@ -66,9 +67,10 @@ fn copy_over(bench: &Bench, source: &Guard, source_dir: &Path) {
     // Before the state is loaded: with KVM, loading it makes QEMU patch its own option ROM in guest memory
     // (`kvmvapic`), as every load of a QEMU with that device does.
     assert_eq!(different_pages(source, destination), [], "memory differs");
-    // It is loaded while it is being saved.
-    let (mut from, mut to) = std::io::pipe().unwrap();
+    // It is loaded while the rest of it is being saved.
+    let (from, mut to) = std::io::pipe().unwrap();
     std::thread::scope(|scope| {
+        let mut from = Cursor::new(state).chain(from);
         let loading = scope.spawn(move || destination.load_device_state(&mut from));
         source.save_device_state(64 << 20, &mut to).unwrap();
         drop(to);
@@ -81,6 +83,7 @@ fn copy_over(bench: &Bench, source: &Guard, source_dir: &Path) {
     assert_eq!(late, [], "saving the state wrote guest memory");
     source.settle();
     destination.settle();
+    // Though it was saved as a VM that runs: nothing but `resume` may let it.
     assert_eq!(destination.run_state().unwrap(), RunState::Paused);
     let before = sweeps(&destination_dir);
     destination.resume().unwrap();
@@ -108,7 +111,7 @@ fn a_state_that_is_not_to_be_used_is_not_loaded() {
     source.0.pause().unwrap();
     let mut state = Vec::new();
     source.0.save_device_state(64 << 20, &mut state).unwrap();
-    let half = std::io::Cursor::new(&state[..state.len() / 2]);
+    let half = Cursor::new(&state[..state.len() / 2]);
     let error = destination.0.load_device_state(&mut half.chain(Broken));
     let error = error.unwrap_err();
     assert!(matches!(error, Error::DeviceStateGiven(_)), "{error}");

@@ -108,7 +108,7 @@ pub struct SourceSession {
     throttle: Option<Box<dyn Throttle>>,
     /// Whether this goes on after a restart, of the agent or its network process: what was sent before is not known.
     recovered: bool,
-    /// The operation of saving the device state, whose pieces the first stream reports.
+    /// The operation with which the first stream reports pieces of the device state: that of the pause, where it begins.
     saving: Option<Op>,
     phase: SourcePhase,
     redialling: bool,
@@ -346,8 +346,8 @@ impl SourceSession {
                 self.report(op, Ok(root.map_or(SourceDone::NoRoot, SourceDone::Root)));
             }
             SourceAction::CloseStreams => self.close_streams(),
-            SourceAction::Pause(op) => self.worker.give(VmJob::Pause(op)),
-            SourceAction::SaveDeviceState(op) => self.save(op),
+            SourceAction::Pause(op) => self.pause(op),
+            SourceAction::SaveDeviceState(op) => self.worker.give(VmJob::Save(op)),
             SourceAction::Resume(op) => self.worker.give(VmJob::Resume(op)),
             SourceAction::Erase(op) => self.worker.give(VmJob::Erase(op)),
             SourceAction::ComputeRoot(op) => {
@@ -624,11 +624,11 @@ impl SourceSession {
         self.expect_jobs(op, jobs);
     }
 
-    fn save(&mut self, op: Op) {
+    fn pause(&mut self, op: Op) {
         match self.open_streams_now().map(|s| s.device_state(op)) {
             Some(out) => {
                 self.saving = Some(op);
-                self.worker.give(VmJob::Save(op, out));
+                self.worker.give(VmJob::Pause(op, out));
             }
             None => self.report(op, Err(missing("streams"))),
         }

@@ -11,15 +11,16 @@ use palanquin_engine::source::{Failure, Op, SourceDone};
 use palanquin_host::vm::{RunState, Vm};
 use tracing::debug;
 
-use super::{SourceEvent, chain, failure};
+use super::{SourceEvent, chain, failure, missing};
 use crate::fail_point::fail_point;
 use crate::streams_out::DeviceStateOut;
 
 /// Something to do with the VM.
 pub(super) enum VmJob {
-    Pause(Op),
-    /// Save the device state to the first stream.
-    Save(Op, DeviceStateOut),
+    /// Pause it, and save what can be saved before that to the first stream.
+    Pause(Op, DeviceStateOut),
+    /// Save the rest to it.
+    Save(Op),
     Resume(Op),
     Erase(Op),
 }
@@ -34,6 +35,8 @@ struct Work {
     dir: PathBuf,
     state_limit: u64,
     run: bool,
+    /// Where the device state goes, once the VM is paused.
+    out: Option<DeviceStateOut>,
     events: Sender<SourceEvent>,
 }
 
@@ -51,6 +54,7 @@ impl VmWorker {
             dir,
             state_limit,
             run,
+            out: None,
             events,
         };
         thread::Builder::new()
@@ -66,11 +70,11 @@ impl VmWorker {
 }
 
 impl Work {
-    fn run(self, jobs: &Receiver<VmJob>) {
+    fn run(mut self, jobs: &Receiver<VmJob>) {
         while let Ok(job) = jobs.recv() {
             let event = match job {
-                VmJob::Pause(op) => SourceEvent::Vm(op, self.pause()),
-                VmJob::Save(op, out) => SourceEvent::Vm(op, self.save(out)),
+                VmJob::Pause(op, out) => SourceEvent::Vm(op, self.pause(out)),
+                VmJob::Save(op) => SourceEvent::Vm(op, self.save()),
                 VmJob::Resume(op) => SourceEvent::Vm(op, self.resume()),
                 VmJob::Erase(op) => SourceEvent::Vm(op, self.erase()),
             };
@@ -87,16 +91,19 @@ impl Work {
         })
     }
 
-    fn pause(&self) -> Result<SourceDone, Failure> {
-        self.vm()?
-            .pause()
+    fn pause(&mut self, mut out: DeviceStateOut) -> Result<SourceDone, Failure> {
+        let paused_for = self
+            .vm()?
+            .pause_to_save(self.state_limit, &mut Early(&mut out))
             .map_err(|error| failure("pause", &error))?;
         fail_point("source-paused");
-        Ok(SourceDone::Done)
+        self.out = Some(out);
+        Ok(SourceDone::Paused(paused_for))
     }
 
-    fn save(&self, mut out: DeviceStateOut) -> Result<SourceDone, Failure> {
+    fn save(&mut self) -> Result<SourceDone, Failure> {
         fail_point("source-saving");
+        let mut out = self.out.take().ok_or_else(|| missing("device state"))?;
         self.vm()?
             .save_device_state(self.state_limit, &mut out)
             .map_err(|error| failure("device-state", &error))?;
@@ -106,6 +113,8 @@ impl Work {
 
     fn resume(&self) -> Result<SourceDone, Failure> {
         let vm = self.vm()?;
+        vm.stop_saving()
+            .map_err(|error| failure("resume", &error))?;
         let state = vm.run_state().map_err(|error| failure("resume", &error))?;
         debug!(?state, run = self.run, "resume");
         match state {
@@ -136,5 +145,19 @@ impl Work {
             }),
             _ => Ok(SourceDone::Done),
         }
+    }
+}
+
+/// The device state while the VM may still run.
+struct Early<'a>(&'a mut DeviceStateOut);
+
+impl io::Write for Early<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        fail_point("source-pausing");
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
     }
 }

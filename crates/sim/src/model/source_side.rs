@@ -187,6 +187,8 @@ impl World {
             };
         };
         if !succeeds {
+            // A hypervisor whose state can't be saved lets the VM run again by itself.
+            vm.running |= job == VmJob::Save;
             return self.source_failed(op, false);
         }
         let done = match job {

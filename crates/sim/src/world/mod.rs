@@ -226,6 +226,8 @@ struct World {
     crashes: u32,
     aborted_early: bool,
     paused_memory: Option<Vec<u64>>,
+    /// Whether the source's VM was paused to be saved, and is not saved.
+    unsaved: bool,
     tracing: bool,
     trace: Vec<String>,
 }
@@ -367,6 +369,7 @@ impl World {
             crashes: 0,
             aborted_early: false,
             paused_memory: None,
+            unsaved: false,
             tracing,
             trace: Vec::new(),
         }

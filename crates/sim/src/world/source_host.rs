@@ -15,9 +15,20 @@ impl World {
         self.source_jobs.clear();
         self.source_busy = false;
         self.half_written();
+        self.let_go();
         self.drop_connection();
         let delay = self.delay(3000);
         self.after(delay, Event::RestartSource);
+    }
+
+    /// A hypervisor whose state can't be saved any more may let the VM run again by itself.
+    fn let_go(&mut self) {
+        if std::mem::take(&mut self.unsaved)
+            && self.random.one_in(2)
+            && let Some(copy) = &mut self.copies[0]
+        {
+            copy.run = Run::Running;
+        }
     }
 
     /// Records on their way to the disk are there after a crash, or not.
@@ -120,9 +131,11 @@ impl World {
         let alive = self.copies[0].is_some();
         let (op, result) = match job {
             VmJob::Pause(op) | VmJob::Save(op) | VmJob::Resume(op) if fails || !alive => {
+                self.let_go();
                 (op, Err(failed(!alive)))
             }
             VmJob::Pause(op) => {
+                self.unsaved = true;
                 if let Some(copy) = &mut self.copies[0] {
                     copy.run = Run::Paused;
                     self.paused_memory = Some(copy.memory.clone());
@@ -130,6 +143,7 @@ impl World {
                 (op, Ok(SourceDone::Done))
             }
             VmJob::Save(op) => {
+                self.unsaved = false;
                 self.saving_writes();
                 self.put_on_wire(Event::State(self.source_end), false);
                 (
@@ -141,6 +155,7 @@ impl World {
                 )
             }
             VmJob::Resume(op) => {
+                self.unsaved = false;
                 if let Some(copy) = &mut self.copies[0] {
                     copy.run = Run::Running;
                 }

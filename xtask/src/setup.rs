@@ -8,13 +8,15 @@ use anyhow::{Result, bail};
 use crate::{programs, run};
 
 /// A file that shows that a package is there, and the package.
-const NEEDED: [(&str, &str); 8] = [
+const NEEDED: [(&str, &str); 10] = [
     ("/usr/bin/cc", "build-essential"),
     ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
     ("/usr/sbin/ip", "iproute2"),
     ("/usr/bin/ping", "iputils-ping"),
     ("/usr/bin/nasm", "nasm"),
+    ("/usr/bin/swtpm", "swtpm"),
     ("/usr/bin/tcpdump", "tcpdump"),
+    ("/usr/bin/tpm2_quote", "tpm2-tools"),
     ("/usr/bin/xz", "xz-utils"),
     // The dynamic busybox owns the same program, but doesn't run in an initial RAM disk.
     ("/var/lib/dpkg/info/busybox-static.list", "busybox-static"),

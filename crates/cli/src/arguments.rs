@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use palanquin_api::control::{Allow, Compress, OperatorAssertion, Strategy};
 use palanquin_api::size::{Bandwidth, HumanDuration};
+use palanquin_trust::Identity;
+use uuid::Uuid;
 
 /// Moves running VMs between hosts, encrypted, so that each lives exactly once
 #[derive(Parser)]
@@ -52,6 +54,12 @@ pub(crate) enum Command {
     /// Check an agent's configuration
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Check a provider's policies, try them, and explain what they decide
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Write, show and verify what the owner of a VM allows
+    #[command(subcommand)]
+    Passport(PassportCommand),
     /// Print completions for a shell
     Completions {
         /// The shell
@@ -242,6 +250,92 @@ pub(crate) enum ConfigCommand {
     Check {
         /// The file
         file: PathBuf,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum PolicyCommand {
+    /// Name everything that is wrong with policies and their directory
+    Check {
+        /// Directory with *.cedar and directory.toml
+        dir: PathBuf,
+    },
+    /// Run the tests of policies, DIR/tests.toml
+    Test {
+        /// Directory with *.cedar, directory.toml, passports/*.toml and tests.toml
+        dir: PathBuf,
+    },
+    /// Say what is decided on a case and why, condition by condition; grants nothing
+    Explain(ExplainArgs),
+    /// Print the schema: what policies may speak of
+    Schema,
+}
+
+#[derive(Args)]
+pub(crate) struct ExplainArgs {
+    /// Directory with *.cedar and directory.toml
+    pub(crate) dir: PathBuf,
+    /// Name of the case [default: the only one]
+    pub(crate) name: Option<String>,
+    /// File with the case, in the form of tests [default: DIR/tests.toml]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) cases: Option<PathBuf>,
+    /// A signed passport, in place of the one that the case names
+    #[arg(long, value_name = "FILE", requires = "owner", requires = "key")]
+    pub(crate) passport: Option<PathBuf>,
+    /// Whose passport it must be, as in spiffe://example.org/owner/acme
+    #[arg(long, value_name = "IDENTITY", requires = "passport")]
+    pub(crate) owner: Option<Identity>,
+    /// The owner's public key
+    #[arg(long, value_name = "FILE", requires = "passport")]
+    pub(crate) key: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum PassportCommand {
+    /// Make an owner's key: NAME.key, to be kept secret, and NAME.pub, to be given to hosts
+    Keygen {
+        /// Whose it is, as in spiffe://example.org/owner/NAME
+        owner: Identity,
+        /// Directory for the files
+        #[arg(long, default_value = ".")]
+        out: PathBuf,
+    },
+    /// Sign a passport
+    Sign {
+        /// What the owner allows (TOML)
+        spec: PathBuf,
+        /// The owner's private key
+        #[arg(long, value_name = "FILE")]
+        key: PathBuf,
+        /// File for the passport
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+        /// The VM's passport up to now: the new one must be the same owner's and have a higher version
+        #[arg(long, value_name = "FILE")]
+        replaces: Option<PathBuf>,
+    },
+    /// Show what a passport says, without asking who signed it
+    Show {
+        /// The passport
+        file: PathBuf,
+    },
+    /// Check that a passport was signed by its owner and holds now
+    Verify {
+        /// The passport
+        file: PathBuf,
+        /// Whose it must be, as in spiffe://example.org/owner/NAME
+        #[arg(long, value_name = "IDENTITY")]
+        owner: Identity,
+        /// The owner's public key
+        #[arg(long, value_name = "FILE")]
+        key: PathBuf,
+        /// The VM it must be for
+        #[arg(long, value_name = "UUID")]
+        vm: Option<Uuid>,
+        /// The newest passport known of this VM: this one must be the same or newer
+        #[arg(long, value_name = "FILE")]
+        known: Option<PathBuf>,
     },
 }
 

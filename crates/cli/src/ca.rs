@@ -3,11 +3,9 @@
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::net::IpAddr;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use palanquin_api::config::{HOST_NAME_RULE, NAME_RULE, is_dns_name, is_host_name, is_name};
-use palanquin_api::control::ErrorKind;
 use rcgen::{
     BasicConstraints, Certificate, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa,
     Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType, SerialNumber,
@@ -17,6 +15,7 @@ use time::{Duration, OffsetDateTime};
 use uuid::Uuid;
 
 use crate::failure::Failure;
+use crate::files::{NewFiles, failed, make_dir};
 
 const CA_DAYS: i64 = 3650;
 
@@ -36,61 +35,6 @@ impl Kind {
             Self::Operator => "operator",
         }
     }
-}
-
-fn failed(what: &str, cause: impl std::fmt::Display) -> Failure {
-    Failure::new(ErrorKind::Internal, what.to_owned()).cause(cause)
-}
-
-/// Files that one command makes: all of them or, where one fails, none.
-#[derive(Default)]
-struct NewFiles {
-    made: Vec<PathBuf>,
-}
-
-impl NewFiles {
-    /// Writes a new file; one that is there already is never overwritten.
-    fn write(&mut self, path: &Path, contents: &str, mode: u32) -> Result<(), Failure> {
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(mode)
-            .open(path);
-        let mut file = file.map_err(|error| {
-            let failure = Failure::usage(format!("cannot make {}", path.display()));
-            let failure = failure.cause(&error);
-            if error.kind() == std::io::ErrorKind::AlreadyExists {
-                failure.hint("nothing is overwritten: choose another directory, or move it away")
-            } else {
-                failure
-            }
-        })?;
-        self.made.push(path.to_owned());
-        file.write_all(contents.as_bytes())
-            .and_then(|()| file.sync_all())
-            .map_err(|error| failed(&format!("cannot write {}", path.display()), error))
-    }
-
-    /// All of them are there: they stay.
-    fn keep(mut self) {
-        self.made.clear();
-    }
-}
-
-impl Drop for NewFiles {
-    fn drop(&mut self) {
-        for path in &self.made {
-            let _ = fs::remove_file(path);
-        }
-    }
-}
-
-fn make_dir(path: &Path) -> Result<(), Failure> {
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map_err(|error| Failure::usage(format!("cannot make {}", path.display())).cause(error))
 }
 
 fn new_key() -> Result<KeyPair, Failure> {
@@ -154,8 +98,8 @@ pub(crate) fn init(dir: &Path, trust_domain: &str) -> Result<(), Failure> {
         .self_signed(&key)
         .map_err(|error| failed("cannot make the certificate", error))?;
     let mut files = NewFiles::default();
-    files.write(&dir.join("ca.key"), &key.serialize_pem(), 0o600)?;
-    files.write(&dir.join("ca.pem"), &certificate.pem(), 0o644)?;
+    files.write(&dir.join("ca.key"), key.serialize_pem(), 0o600)?;
+    files.write(&dir.join("ca.pem"), certificate.pem(), 0o644)?;
     files.write(&dir.join("trust-domain"), trust_domain, 0o644)?;
     files.write(&dir.join("issued.jsonl"), "", 0o644)?;
     files.keep();
@@ -231,12 +175,8 @@ pub(crate) fn issue(order: &Order<'_>) -> Result<Issued, Failure> {
     let out = order.out.unwrap_or(&default_out);
     make_dir(out)?;
     let mut files = NewFiles::default();
-    files.write(
-        &out.join(format!("{name}.key")),
-        &key.serialize_pem(),
-        0o600,
-    )?;
-    files.write(&out.join(format!("{name}.pem")), &certificate.pem(), 0o644)?;
+    files.write(&out.join(format!("{name}.key")), key.serialize_pem(), 0o600)?;
+    files.write(&out.join(format!("{name}.pem")), certificate.pem(), 0o644)?;
     let copy = out.join("ca.pem");
     // Several hosts' files may go to one directory, with the same authority.
     if fs::read_to_string(&copy).ok().as_deref() != Some(&ca_pem) {

@@ -17,7 +17,7 @@ use crate::arguments::{
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::output::{say, say_line, to_json};
-use crate::{ca, check, migrate, render};
+use crate::{ca, check, migrate, passport, policy, render};
 
 /// Does what was typed.
 pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
@@ -41,6 +41,8 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
             let good = serde_json::json!({ "file": file.display().to_string(), "good": true });
             show(&good, |_| format!("{} is good.\n", file.display()), json)
         }
+        Command::Policy(command) => policy::run(&command, json),
+        Command::Passport(command) => passport::run(&command, json),
         Command::Completions { shell } => {
             let mut command = <Cli as clap::CommandFactory>::command();
             let mut script = Vec::new();
@@ -50,7 +52,8 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
     }
 }
 
-fn show<T: Serialize>(
+/// Prints a value, as JSON or as text.
+pub(crate) fn show<T: Serialize>(
     value: &T,
     text: impl FnOnce(&T) -> String,
     json: bool,

@@ -7,8 +7,11 @@ mod check;
 mod client;
 mod commands;
 mod failure;
+mod files;
 mod migrate;
 mod output;
+mod passport;
+mod policy;
 mod render;
 
 use std::process::ExitCode;

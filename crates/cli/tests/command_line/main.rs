@@ -6,4 +6,5 @@ mod agent;
 mod certificates;
 mod migrate;
 mod migration;
+mod trust;
 mod vm;

@@ -8,6 +8,7 @@ pub(crate) mod message;
 mod operator;
 mod page_set;
 mod reduction;
+mod trust;
 
 use crate::ALLOCATOR;
 use crate::entry::Target;
@@ -39,6 +40,10 @@ pub(crate) const ALL: &[Target] = &[
     operator::SIZES,
     operator::BODIES,
     certificate::CERTIFICATE,
+    trust::ENVELOPE,
+    trust::DOCUMENTS,
+    trust::EVIDENCE,
+    trust::POLICIES,
 ];
 
 /// Runs `work`, which may allocate at most that many bytes at a time.

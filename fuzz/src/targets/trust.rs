@@ -1,0 +1,359 @@
+//! What others sign, what a TPM says, and what a provider writes.
+
+use std::collections::BTreeSet;
+use std::fmt::Debug;
+
+use aws_lc_rs::rand::SystemRandom;
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair};
+use coset::iana::Algorithm as Number;
+use coset::{CoseSign1Builder, HeaderBuilder, TaggedCborSerializable};
+use palanquin_api::control::Strategy;
+use palanquin_trust::evidence::{Challenge, EVIDENCE_MAX, Expectation, Measured, Role};
+use palanquin_trust::keys::{Algorithm, Ed25519Signer};
+use palanquin_trust::policy::{Case, Files};
+use palanquin_trust::signed::{Document, ENVELOPE_MAX};
+use palanquin_trust::{
+    Action, Approval, Evidence, Identity, Keyring, Order, Passport, Policies, PublicKey, Sha256,
+    Sign, Signed,
+};
+use uuid::Uuid;
+
+use super::{seeds_of, within, words_of};
+use crate::entry::Target;
+
+/// Most bytes that reading may take for each of its own.
+const EXPANSION: usize = 256;
+/// What errors and the like may take besides.
+const SLACK: usize = 64 << 10;
+
+/// Envelopes.
+pub(crate) const ENVELOPE: Target = Target::new("envelope", envelope, || {
+    let mut seeds: Vec<_> = contents()
+        .into_iter()
+        .map(|(which, bytes)| sealed(which, bytes))
+        .collect();
+    let passport = seeds[0].clone();
+    seeds.push([&b"\xd8\x12"[..], &passport[1..]].concat());
+    seeds.push([&passport[..], b"\0"].concat());
+    seeds.push(b"\xd2\x84\x5b\xff\xff\xff\xff\xff\xff\xff\xff".to_vec());
+    seeds.push(b"\xd2\x84\x40\xa0\x5a\xff\xff\xff\xff".to_vec());
+    seeds.push([&[0xd2, 0x84][..], &[0x81; 4000]].concat());
+    seeds
+});
+
+/// A byte that says which document, and its contents.
+pub(crate) const DOCUMENTS: Target = Target::new("documents", documents, || {
+    let with = |(which, bytes): (u8, Vec<u8>)| [vec![which], bytes].concat();
+    let mut seeds: Vec<_> = contents().into_iter().map(with).collect();
+    // Lists and texts longer than there are bytes.
+    seeds.push(b"\x00\xbb\xff\xff\xff\xff\xff\xff\xff\xff".to_vec());
+    seeds.push(b"\x00\xa1\x0a\x9b\xff\xff\xff\xff\xff\xff\xff\xff\x00".to_vec());
+    seeds
+});
+
+/// A byte that says which, and evidence or a quote.
+pub(crate) const EVIDENCE: Target = Target::new("evidence", evidence, || {
+    let binding = challenge().binding(&measured());
+    let quotes = [attest(&binding.0), attest(&[0; 32]), attest(&[])];
+    let mut seeds: Vec<_> = quotes
+        .iter()
+        .map(|quote| [&[1][..], quote].concat())
+        .collect();
+    let evidence = Evidence::new(measured(), quotes[0].clone(), vec![0; 72]);
+    seeds.push([vec![0], evidence.to_bytes()].concat());
+    seeds
+});
+
+/// A file of policies.
+pub(crate) const POLICIES: Target = Target::new("policies", policies, || {
+    seeds_of(&[
+        "@id(\"a\") permit(principal in Role::\"r\", action, resource) when { principal.tenants.contains(resource.tenant) };",
+        "@id(\"a\") forbid(principal, action == Action::\"abort\", resource) unless { context has targetAttestation && context.targetAttestation.ageS <= 6 };",
+        "@id(\"a\") permit(principal, action, resource) when { context.now.toTime() >= duration(\"2h\") && 1 + 2 * resource.sensitivity < -4 };",
+        "@id(\"a\") forbid(principal, action, resource) when { if resource.legalHold then context.target in HostGroup::\"g\" else [1, 2].contains(3) };",
+        "@id(\"a\") permit(principal == ?principal, action, resource);",
+        "@id(\"a\") permit(principal, action, resource) when { ((((((((((((((((((((((((((((((((((((((true",
+        "// nothing",
+        "",
+    ])
+})
+.words(|| {
+    words_of(&[
+        "@id(\"", "permit(", "forbid(", "principal", "action", "resource", "context", " when { ", " unless { ", "};",
+        ".tenants", ".domain", ".tenant", ".sensitivity", ".legalHold", ".source", ".target", ".region", ".quarantined",
+        ".targetAttestation", ".ageS", ".now", ".toTime()", "duration(\"1h\")", "datetime(\"2027-01-01\")", ".contains(",
+        ".containsAll(", ".containsAny(", ".isEmpty()", " has ", " like ", " in ", " is ", "Role::\"r\"", "HostGroup::\"g\"",
+        "Action::\"migrateOut\"", "if ", " then ", " else ", " && ", " || ", "9223372036854775807",
+    ])
+});
+
+fn id(uri: &str) -> Identity {
+    format!("spiffe://example.org/{uri}")
+        .parse()
+        .expect("an identity")
+}
+
+fn signer() -> Ed25519Signer {
+    Ed25519Signer::from_seed(&[1; 32]).expect("a key")
+}
+
+/// The one key is that of whoever it must be.
+fn ring(identity: Identity) -> Keyring {
+    let mut ring = Keyring::default();
+    ring.insert(identity, signer().public_key())
+        .expect("one key");
+    ring
+}
+
+fn signers() -> [Identity; 3] {
+    [id("owner/acme"), id("host/alpha"), id("operator/bob")]
+}
+
+fn passport() -> Passport {
+    let names = |list: &[&str]| Some(list.iter().map(|name| (*name).to_owned()).collect());
+    Passport {
+        vm: Uuid::from_bytes([2; 16]),
+        owner: id("owner/acme"),
+        version: 3,
+        not_before_unix_s: 1_790_000_000,
+        expires_unix_s: 1_890_000_000,
+        sensitivity: 2,
+        hosts: Some(vec![id("host/alpha"), id("host/beta")]),
+        groups: names(&["g"]),
+        regions: names(&["de", "fr"]),
+        roles: names(&["r"]),
+        strategies: Some(vec![Strategy::Auto, Strategy::Hybrid]),
+        attestation: Some(palanquin_trust::passport::Demands {
+            max_age_s: 60,
+            boots: Some(vec![Sha256([7; 32])]),
+            hypervisors: None,
+            policy_version_min: Some(5),
+        }),
+    }
+}
+
+/// Contents of each kind of document, with its number.
+fn contents() -> Vec<(u8, Vec<u8>)> {
+    let order = Order {
+        migration: Uuid::from_bytes([1; 16]),
+        vm: Uuid::from_bytes([2; 16]),
+        vm_name: "web".to_owned(),
+        epoch: 4,
+        source: id("host/alpha"),
+        destination: id("host/beta"),
+        operator: id("operator/alice"),
+        issued_unix_s: 1_800_000_000,
+        expires_unix_s: 1_800_000_300,
+        strategy: Strategy::Auto,
+        post_copy: false,
+        run: true,
+        policy_sha256: Sha256([3; 32]),
+        passport_sha256: Sha256([4; 32]),
+    };
+    let approval = Approval {
+        operator: id("operator/bob"),
+        action: "migrateOut".to_owned(),
+        vm: Uuid::from_bytes([2; 16]),
+        source: id("host/alpha"),
+        target: id("host/beta"),
+        not_before_unix_s: 1_800_000_000,
+        expires_unix_s: 1_800_003_600,
+    };
+    let free = Passport {
+        hosts: None,
+        groups: None,
+        regions: None,
+        roles: None,
+        strategies: None,
+        attestation: None,
+        ..passport()
+    };
+    vec![
+        (0, to_cbor(&passport())),
+        (0, to_cbor(&free)),
+        (1, to_cbor(&order)),
+        (2, to_cbor(&approval)),
+    ]
+}
+
+fn to_cbor<T: minicbor::Encode<()>>(value: &T) -> Vec<u8> {
+    minicbor::to_vec(value).expect("a vector takes everything")
+}
+
+/// An envelope as it must be, around anything.
+fn sealed(which: u8, contents: Vec<u8>) -> Vec<u8> {
+    let kinds = [
+        Passport::CONTENT_TYPE,
+        Order::CONTENT_TYPE,
+        Approval::CONTENT_TYPE,
+    ];
+    let protected = HeaderBuilder::new()
+        .algorithm(Number::Ed25519)
+        .content_type(kinds[usize::from(which % 3)].to_owned())
+        .key_id(signer().public_key().id().0.to_vec())
+        .build();
+    CoseSign1Builder::new()
+        .protected(protected)
+        .payload(contents)
+        .create_signature(&[], |message| signer().sign(message).expect("a signature"))
+        .build()
+        .to_tagged_vec()
+        .expect("an envelope")
+}
+
+fn envelope(data: &[u8]) {
+    judge::<Passport>(data);
+    judge::<Order>(data);
+    judge::<Approval>(data);
+}
+
+fn judge<T: Document>(data: &[u8]) {
+    let read = || Signed::<T>::from_bytes(data);
+    let Ok(signed) = within(data.len() * EXPANSION + SLACK, read) else {
+        return;
+    };
+    assert!(data.len() <= ENVELOPE_MAX && signed.as_bytes() == data);
+    assert!(signed.verify_lapsed(&Keyring::default()).is_err());
+    for identity in signers() {
+        if let Ok(document) = signed.verify_lapsed(&ring(identity.clone())) {
+            assert_eq!(
+                (signed.key_id(), document.signer()),
+                (signer().public_key().id(), &identity)
+            );
+        }
+    }
+}
+
+fn documents(data: &[u8]) {
+    let Some((which, contents)) = data.split_first() else {
+        return;
+    };
+    let bytes = sealed(*which, contents.to_vec());
+    let identity = signers()[usize::from(which % 3)].clone();
+    match which % 3 {
+        0 => {
+            if let Some(passport) = believed::<Passport>(&bytes, identity) {
+                assert!(!passport.to_string().is_empty());
+            }
+        }
+        1 => drop(believed::<Order>(&bytes, identity)),
+        _ => drop(believed::<Approval>(&bytes, identity)),
+    }
+}
+
+fn believed<T: Document + Clone + PartialEq + Debug>(
+    bytes: &[u8],
+    identity: Identity,
+) -> Option<T> {
+    let signed = Signed::<T>::from_bytes(bytes).ok()?;
+    let ring = ring(identity);
+    let verify = || signed.verify_lapsed(&ring);
+    let document = within(bytes.len() * EXPANSION + SLACK, verify).ok()?;
+    assert_eq!(document.check(), Ok(()));
+    let again = Signed::sign(&*document, &signer()).expect("it was within its bounds");
+    assert_eq!(again.as_bytes(), bytes, "there is one form of a document");
+    Some((*document).clone())
+}
+
+fn challenge() -> Challenge {
+    Challenge {
+        nonce: [1; 32],
+        exporter: [2; 32],
+        host: id("host/beta"),
+        role: Role::Target,
+        vm: Uuid::from_bytes([2; 16]),
+        migration: Uuid::from_bytes([1; 16]),
+        order_sha256: Sha256([5; 32]),
+    }
+}
+
+fn measured() -> Measured {
+    Measured {
+        hypervisor: Some(Sha256([8; 32])),
+        command_line: None,
+        policy_version: 5,
+        policy_sha256: Sha256([6; 32]),
+    }
+}
+
+/// A quote of eight registers.
+fn attest(extra: &[u8]) -> Vec<u8> {
+    let head = b"\xff\x54\x43\x47\x80\x18\0\x02\0\x0b\0";
+    let tail = b"\0\0\0\0\0\0\0\x4d\0\0\0\x05\0\0\0\0\x01\0\0\0\0\0\0\0\x01\0\0\0\x01\0\x0b\x03\xff\0\0\0\x20";
+    [&head[..], &[extra.len() as u8], extra, tail, &[7; 32]].concat()
+}
+
+fn evidence(data: &[u8]) {
+    let Some((which, rest)) = data.split_first() else {
+        return;
+    };
+    if which % 2 == 0 {
+        let read = || Evidence::from_bytes(rest);
+        if let Ok(evidence) = within(rest.len() * EXPANSION + SLACK, read) {
+            assert!(rest.len() <= EVIDENCE_MAX && evidence.to_bytes() == rest);
+        }
+        return;
+    }
+    let key = EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).expect("a key");
+    let public =
+        PublicKey::from_raw(Algorithm::EcdsaP256, key.public_key().as_ref()).expect("a key");
+    let raw = key.sign(&SystemRandom::new(), rest).expect("a signature");
+    let (r, s) = raw.as_ref().split_at(32);
+    let signature = [&b"\0\x18\0\x0b\0\x20"[..], r, b"\0\x20", s].concat();
+    let expected = Expectation {
+        key: &public,
+        pcrs: 0x81,
+        reset_count_min: 5,
+        lifetime_s: 60,
+    };
+    let evidence = Evidence::new(measured(), rest.to_vec(), signature);
+    if let Ok(claims) = evidence.verify(challenge(), &expected, 1000) {
+        let quote = claims.quote();
+        assert_eq!(quote.extra, challenge().binding(&measured()).0);
+        assert!(quote.pcrs & 0x81 == 0x81 && quote.reset_count >= 5 && quote.pcrs < 1 << 24);
+        assert!(rest.starts_with(b"\xff\x54\x43\x47\x80\x18"));
+    }
+}
+
+const DIRECTORY: &str = "version = 1\nroles = [\"r\"]\ngroups = [\"g\"]\n\
+    [operators.\"spiffe://example.org/operator/alice\"]\nroles = [\"r\"]\ntenants = [\"spiffe://example.org/owner/acme\"]\n\
+    [hosts.\"spiffe://example.org/host/alpha\"]\nregion = \"de\"\n\
+    [hosts.\"spiffe://example.org/host/beta\"]\ngroups = [\"g\"]\n";
+
+fn policies(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else {
+        return;
+    };
+    let files = Files {
+        policies: [("a.cedar".to_owned(), text.to_owned())].into(),
+        directory: DIRECTORY.to_owned(),
+    };
+    let policies = match Policies::load(&files) {
+        Ok(policies) => policies,
+        Err(error) => return assert!(!error.0.is_empty()),
+    };
+    let case = |operator: &str, action| Case {
+        action,
+        operator: id(operator),
+        vm: passport().vm,
+        passport: Some(passport()),
+        approvers: BTreeSet::new(),
+        source: id("host/alpha"),
+        target: id("host/beta"),
+        source_claims: None,
+        target_claims: None,
+        strategy: Strategy::Auto,
+        post_copy: false,
+        now_unix_s: 1_800_000_000,
+    };
+    for action in Action::ALL {
+        let decision = policies.explain(&case("operator/alice", action)).decision;
+        assert_eq!(decision.permitted, decision.reasons.is_empty());
+        assert!(!decision.permitted || !decision.permitted_by.is_empty());
+        assert!(
+            !policies
+                .rehearse(&case("operator/mallory", action))
+                .permitted
+        );
+    }
+}

@@ -154,7 +154,9 @@ fn network_settings(config: &AgentConfig, log_json: bool) -> Result<Settings> {
         Some(name) => User::find(name)
             .with_context(|| format!("`privileges.network-user`: there is no user {name:?}"))?,
         None => User::find(NETWORK_USER).unwrap_or_else(|| {
-            tracing::info!("there is no user {NETWORK_USER}: nobody talks to other hosts");
+            tracing::info!(
+                "there is no user {NETWORK_USER}; the network process runs as the user `nobody`"
+            );
             User::nobody()
         }),
     };

@@ -22,6 +22,9 @@ const DEADLINE: Duration = Duration::from_secs(30);
 /// that was made anew meanwhile.
 const ASK: Duration = Duration::from_millis(20);
 
+/// How long QEMU gets to cancel a migration by itself.
+const KICK: Duration = Duration::from_millis(50);
+
 /// What QEMU calls our socket.
 const SOCKET: &str = "palanquin-state";
 /// Bytes that are read at once.
@@ -195,6 +198,8 @@ impl Saving {
         loop {
             let reports = monitor.reports();
             match reports.migration.as_deref() {
+                // Not at once when it has stopped: what the guest has asked of disks may still arrive, and the state of
+                // devices that is loaded has to fit what memory says of their queues.
                 Some("pre-switchover") => return Ok(reports.stopped),
                 Some("failed" | "cancelled") => return Err(why(monitor)),
                 Some("completed") => {
@@ -288,17 +293,27 @@ pub(crate) fn give_up(
     monitor: &Monitor,
     patience: Duration,
 ) -> Result<(), Error> {
+    const UNDER_WAY: [&str; 4] = ["setup", "active", "pre-switchover", "device"];
     let deadline = Instant::now() + patience;
-    let mut cancelled = false;
+    let mut kick = Instant::now() + KICK;
     loop {
-        let status = ask(monitor)?;
-        let under_way = ["setup", "active", "pre-switchover", "device", "cancelling"];
-        if !under_way.iter().any(|state| status["status"] == **state) {
+        let migration = ask(monitor)?["status"].clone();
+        // Whether it has failed or not: a VM that ran is resumed a moment later.
+        let state = monitor.execute_value(&qmp::query_status {})?["status"].clone();
+        let is_under_way = UNDER_WAY.iter().any(|status| migration == **status);
+        if is_under_way {
+            monitor.execute_value(&qmp::migrate_cancel {})?;
+        } else if migration != "cancelling" && state != "finish-migrate" {
             return Ok(());
         }
-        if !cancelled {
-            monitor.execute_value(&qmp::migrate_cancel {})?;
-            cancelled = true;
+        if migration == "cancelling" && Instant::now() >= kick {
+            // One that is cancelled just before it waits for us waits all the same, and for ever (QEMU 7.2,
+            // `migration_maybe_pause`): it looked whether it is cancelled before, and nobody will tell it to go on but we.
+            // Should it not wait, it forgets that before the next time.
+            let state = qmp::MigrationStatus::cancelling;
+            let kicked = monitor.execute_value(&qmp::migrate_continue { state });
+            tracing::debug!(?kicked, "QEMU is told to go on with cancelling");
+            kick = Instant::now() + KICK;
         }
         if Instant::now() >= deadline {
             return Err(Error::Timeout("giving up saving"));

@@ -74,6 +74,50 @@ fn most_of_the_state_is_saved_while_the_vm_runs_and_it_resumes_after_all_or_a_pa
 }
 
 #[test]
+fn a_vm_runs_on_however_far_saving_it_had_come_when_it_was_given_up() {
+    let bench = Bench::new();
+    let dir = bench.path("a");
+    let machine = bench.machine(Accel::Tcg, vec![96 << 20]);
+    let vm = Guard(bench.qemu.spawn(&machine, &dir).unwrap());
+    wait_for("the first sweep", 60, || sweeps(&dir) >= 1);
+    // Gives up when it is given that many bytes: QEMU is at all stages of pausing the VM when it hears of it.
+    struct Until(usize);
+    impl io::Write for Until {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0 = self
+                .0
+                .checked_sub(bytes.len())
+                .ok_or(io::ErrorKind::Other)?;
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    vm.0.prepare_to_save().unwrap();
+    let mut whole = Vec::new();
+    vm.0.pause_to_save(64 << 20, &mut whole).unwrap();
+    vm.0.stop_saving().unwrap();
+    vm.0.resume().unwrap();
+    for nth in 0..60 {
+        vm.0.prepare_to_save().unwrap();
+        let bytes = if nth % 3 == 0 {
+            whole.len() * nth / 60
+        } else {
+            whole.len() - 1
+        };
+        let given_up = vm.0.pause_to_save(64 << 20, &mut Until(bytes));
+        vm.0.stop_saving().unwrap();
+        if given_up.is_ok() {
+            // All of it had come, and QEMU had stopped before.
+            vm.0.resume().unwrap();
+        }
+        assert_eq!(vm.0.run_state().unwrap(), RunState::Running, "time {nth}");
+    }
+    runs_on(&vm, &dir);
+}
+
+#[test]
 fn another_agent_takes_back_a_vm_that_was_paused_to_be_saved() {
     let bench = Bench::new();
     let dir = bench.path("a");

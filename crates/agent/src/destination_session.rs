@@ -25,10 +25,10 @@ use tracing::{debug, info, warn};
 
 use self::container::{ContainerJob, ContainerWorker};
 use crate::agent::Agent;
+use crate::chain::chain;
 use crate::channel::Channel;
 use crate::fail_point::{fail_point, fail_point_at, fail_point_record};
 use crate::net::protocol::Incoming;
-use crate::source_session::chain;
 use crate::streams_in::{InEvent, InStreams, Pending, StreamsError};
 use crate::tracked::{Tracked, api_error, ms};
 

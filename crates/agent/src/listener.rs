@@ -21,6 +21,7 @@ use palanquin_engine::{Destination, DestinationConfig, DestinationRecord, Messag
 use tracing::{info, warn};
 
 use crate::agent::Agent;
+use crate::chain::chain;
 use crate::channel::{BACKLOG_MAX, Channel, ChannelError};
 use crate::crowd::{Complaints, Crowd, Place};
 use crate::destination_session::{
@@ -28,7 +29,6 @@ use crate::destination_session::{
 };
 use crate::net::protocol::Listen;
 use crate::recovery;
-use crate::source_session::chain;
 use crate::tls::HANDSHAKE_DEADLINE;
 use crate::tracked::{Session, Tracked, info_of};
 

@@ -25,9 +25,10 @@ use palanquin_host::vm::{Disk, Machine, Network, Obstacle, RunState, Vm};
 use uuid::Uuid;
 
 use crate::agent::{Agent, Entry};
+use crate::chain::chain;
 use crate::dial::dial;
 use crate::fail_point::fail_point;
-use crate::source_session::{SourceEvent, SourceParams, chain};
+use crate::source_session::{SourceEvent, SourceParams};
 use crate::store::StoredVm;
 use crate::tracked::{Session, api_blocker, info_of};
 

@@ -19,10 +19,11 @@ use palanquin_host::vm::{RunState, Vm};
 use tracing::{error, info, warn};
 
 use crate::agent::{Agent, Entry};
+use crate::chain::chain;
 use crate::destination_session::DestinationSession;
 use crate::listener::destination_config;
 use crate::operations::default_streams;
-use crate::source_session::{SourceParams, chain};
+use crate::source_session::SourceParams;
 use crate::store::{StoreError, Unfinished};
 use crate::tracked::{Session, Tracked, info_of};
 

@@ -1,5 +1,6 @@
 //! Drives [`palanquin_engine::Source`]: executes its actions on this machine and tells it how they ended.
 
+mod fault_wait;
 mod vm_worker;
 
 use std::collections::HashMap;
@@ -10,7 +11,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::Duration;
 
-use palanquin_api::control::{Compress, Decision, Downtime, FaultWait, Outcome, Phase};
+use palanquin_api::control::{Compress, Decision, Downtime, Outcome, Phase};
 use palanquin_engine::ids::StreamSecret;
 use palanquin_engine::message::{Reason, Verdict};
 use palanquin_engine::pages::{PAGE_BYTES, PageSet, RamLayout};
@@ -22,9 +23,10 @@ use palanquin_engine::{Message, Time};
 use palanquin_host::vm::{GuestRam, Throttle, Vm, WriteTracker};
 use tracing::{debug, info, warn};
 
+use self::fault_wait::fault_wait;
 use self::vm_worker::{VmJob, VmWorker};
 use crate::agent::Agent;
-pub use crate::chain::chain;
+use crate::chain::chain;
 use crate::channel::{BACKLOG_MAX, Channel, ChannelError};
 use crate::dial::{dial, reach};
 use crate::fail_point::{fail_point, fail_point_at, fail_point_record};
@@ -844,27 +846,6 @@ fn insert_data(ram: &dyn GuestRam, pages: &mut PageSet) -> Result<(), Failure> {
         }
     }
     Ok(())
-}
-
-/// What a histogram of waits says; absent where nothing waited.
-fn fault_wait(log2_us: &[u64]) -> Option<FaultWait> {
-    let count: u64 = log2_us.iter().sum();
-    // Upper bound of the entry that the share of all waits falls into.
-    let below = |share: f64| {
-        let mut left = (count as f64 * share).ceil().max(1.0) as u64;
-        let entry = log2_us.iter().position(|&waits| {
-            left = left.saturating_sub(waits);
-            left == 0
-        });
-        1_u64 << entry.unwrap_or(0).min(63)
-    };
-    (count > 0).then(|| FaultWait {
-        count,
-        p50_below_us: below(0.5),
-        p99_below_us: below(0.99),
-        max_below_us: below(1.0),
-        log2_us: log2_us.to_vec(),
-    })
 }
 
 fn channel_reason(error: &ChannelError) -> Reason {

@@ -19,8 +19,8 @@ use tracing::{debug, warn};
 
 use super::DestinationEvent;
 use crate::agent::Agent;
+use crate::chain::chain;
 use crate::fail_point::fail_point;
-use crate::source_session::chain;
 use crate::store::StoredVm;
 use crate::streams_in::InStreams;
 

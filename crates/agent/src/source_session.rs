@@ -110,6 +110,8 @@ pub struct SourceSession {
     throttle: Option<Box<dyn Throttle>>,
     /// Whether this goes on after a restart, of the agent or its network process: what was sent before is not known.
     recovered: bool,
+    /// Whether the hypervisor was made ready to save.
+    prepared: bool,
     /// The operation with which the first stream reports pieces of the device state: that of the pause, where it begins.
     saving: Option<Op>,
     phase: SourcePhase,
@@ -170,6 +172,7 @@ impl SourceSession {
             jobs: HashMap::new(),
             throttle: None,
             recovered,
+            prepared: false,
             saving: None,
             redialling: false,
         })
@@ -572,6 +575,7 @@ impl SourceSession {
 
     fn start_tracking(&mut self) -> Result<(), Failure> {
         let vm = self.vm.as_ref().ok_or_else(|| missing("VM"))?;
+        self.prepared = true;
         vm.prepare_to_save()
             .map_err(|error| failure("prepare", &error))?;
         self.tracker = Some(
@@ -799,6 +803,10 @@ impl SourceSession {
     }
 
     fn finish(mut self, ending: &Ending) {
+        // Also where it was never paused, and so not resumed.
+        if let (Ending::RunningOnSource(..), Some(vm), true) = (ending, &self.vm, self.prepared) {
+            vm.settle();
+        }
         self.publish();
         let (outcome, reason, blockers) = match ending {
             Ending::Completed => (

@@ -173,9 +173,11 @@ impl Saving {
             .migrate(monitor)
             .and_then(|()| self.hold(process, monitor, began + DEADLINE, to));
         let stopped = cancelled_on_error(monitor, stopped)?;
-        // By QEMU's word, but never before it was asked to.
+        // By QEMU's word, but never before it was asked to. Where it gave none, or the clock was set: too long rather than too
+        // short.
         let since = stopped.and_then(|stopped| stopped.elapsed().ok());
-        Ok(since.unwrap_or_default().min(began.elapsed()))
+        let asked = began.elapsed();
+        Ok(since.map_or(asked, |since| since.min(asked)))
     }
 
     fn migrate(&self, monitor: &Monitor) -> Result<(), Error> {

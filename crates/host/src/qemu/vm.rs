@@ -465,7 +465,7 @@ impl Vm for QemuVm {
         if self.status()? == "suspended" {
             return Err(Error::Answer {
                 command: "query-status",
-                problem: "the VM sleeps".to_owned(),
+                problem: "the VM sleeps (suspended); wake it, then migrate it".to_owned(),
             });
         }
         let stream = self.take_outgoing()?;

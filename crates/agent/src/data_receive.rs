@@ -162,8 +162,8 @@ impl GuestBytes {
     }
 }
 
-/// Where the device state goes.
-pub type StateSink = Box<dyn Fn(&[u8]) -> io::Result<()> + Send + Sync>;
+/// Where the device state goes, and whether the piece was saved before the pause.
+pub type StateSink = Box<dyn Fn(&[u8], bool) -> io::Result<()> + Send + Sync>;
 
 /// What the threads share.
 pub struct Shared {
@@ -230,6 +230,7 @@ pub fn receive(inbound: &mut Inbound, index: u16, shared: &Shared, report: &dyn 
         decoder: Decoder::new(index.into()),
         chunks: 0,
         state_bytes: 0,
+        late: false,
     };
     if let Err(error) = stream.run(report) {
         report(Report::Failed(error));
@@ -247,6 +248,8 @@ struct Stream<'a> {
     decoder: Decoder,
     chunks: u32,
     state_bytes: u64,
+    /// Whether a piece of the device state has arrived that was saved after the pause.
+    late: bool,
 }
 
 impl Stream<'_> {
@@ -267,17 +270,19 @@ impl Stream<'_> {
                 return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
             }
             match frame {
-                Frame::DeviceState { chunk, .. } => {
-                    if self.index != 0 || self.last || chunk != self.chunks {
+                Frame::DeviceState { chunk, early, .. } => {
+                    let too_late = early && (self.late || self.drained);
+                    if self.index != 0 || self.last || chunk != self.chunks || too_late {
                         return Err(ReceiveError::Order("a piece of device state"));
                     }
                     self.chunks += 1;
+                    self.late |= !early;
                     let limit = self.shared.device_state_max;
                     self.state_bytes += len as u64;
                     if self.state_bytes > limit {
                         return Err(DeviceStateError::Size(limit).into());
                     }
-                    (self.shared.device_state)(&self.buffer[..len])?;
+                    (self.shared.device_state)(&self.buffer[..len], early)?;
                 }
                 Frame::Stale(_) | Frame::Drained { .. } if self.last || self.drained => {
                     return Err(ReceiveError::Order(

@@ -170,6 +170,8 @@ pub enum Job {
     DeviceState {
         /// Counts the pieces from 0.
         chunk: u32,
+        /// Whether it was saved before the pause.
+        early: bool,
         /// It.
         piece: Arc<[u8]>,
     },
@@ -424,11 +426,19 @@ impl Stream {
                 };
                 self.link.write(&[&frame.encode()])
             }
-            Job::DeviceState { chunk, piece } => {
+            Job::DeviceState {
+                chunk,
+                early,
+                piece,
+            } => {
                 let Ok(len) = u32::try_from(piece.len()) else {
                     return Err(io::Error::from(io::ErrorKind::FileTooLarge).into());
                 };
-                let frame = Frame::DeviceState { chunk: *chunk, len };
+                let frame = Frame::DeviceState {
+                    chunk: *chunk,
+                    early: *early,
+                    len,
+                };
                 self.link.write(&[&frame.encode(), piece])
             }
         }

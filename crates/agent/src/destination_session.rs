@@ -23,7 +23,7 @@ use palanquin_engine::{DestinationRecord, Message, Time};
 use palanquin_host::vm::{GuestRam, MissingPages, Vm};
 use tracing::{debug, info, warn};
 
-use self::container::{ContainerJob, ContainerWorker};
+use self::container::{ContainerJob, ContainerWorker, ReleaseSlot};
 use crate::agent::Agent;
 use crate::chain::chain;
 use crate::channel::Channel;
@@ -103,6 +103,8 @@ pub struct DestinationSession {
     streams: usize,
     /// Whether the container was told to load.
     loading: bool,
+    /// Set when it may load what was not saved early.
+    release: ReleaseSlot,
     /// What the streams said that have delivered what was written until the pause: whether the VM runs before its last
     /// pages are here.
     drained: Vec<bool>,
@@ -150,6 +152,7 @@ impl DestinationSession {
             guest_bytes: 0,
             streams: 0,
             loading: false,
+            release: ReleaseSlot::default(),
             drained: Vec::new(),
             delivered: 0,
             round: 0,
@@ -203,6 +206,7 @@ impl DestinationSession {
             guest_bytes: 0,
             streams: 0,
             loading: false,
+            release: ReleaseSlot::default(),
             drained: Vec::new(),
             delivered: 0,
             round: 0,
@@ -387,18 +391,25 @@ impl DestinationSession {
                     self.next_generation();
                 }
             }
-            DestinationAction::LoadDeviceState { op, post_copy } => match &self.streams_in {
+            DestinationAction::LoadDeviceState(op) => match &self.streams_in {
                 Some(streams) => {
                     self.loading = true;
+                    let (streams, release) = (Arc::clone(streams), Arc::clone(&self.release));
+                    self.worker.give(ContainerJob::Load(op, streams, release));
+                }
+                None => self.report(op, Err(missing("streams"))),
+            },
+            DestinationAction::ReleaseDeviceState { post_copy } => {
+                if let Some(streams) = &self.streams_in {
                     if let Some(channel) = self.channel().filter(|_| post_copy) {
                         streams.ask_on(&channel);
                     }
                     let missing = post_copy.then(|| Arc::clone(&self.missing));
-                    let streams = Arc::clone(streams);
-                    self.worker.give(ContainerJob::Load(op, streams, missing));
+                    // Once only: the engine releases it once.
+                    let _ = self.release.set(missing);
+                    streams.device_state().release();
                 }
-                None => self.report(op, Err(missing("streams"))),
-            },
+            }
             DestinationAction::SealDeviceState(seal) => {
                 if let Some(streams) = &self.streams_in {
                     streams.device_state().seal(seal);
@@ -599,6 +610,7 @@ impl DestinationSession {
                 round,
                 last,
             } if generation == self.generation => self.round_end(now, round, last),
+            InEvent::EarlyState => self.engine.handle_early_state(now),
             InEvent::Drained {
                 generation,
                 post_copy,

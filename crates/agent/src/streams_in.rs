@@ -62,6 +62,8 @@ pub enum InEvent {
         /// Whether it was the last.
         last: bool,
     },
+    /// The first piece of the device state is here that was saved before the pause.
+    EarlyState,
     /// One has delivered its pages that were written until the pause.
     Drained {
         /// Generation.
@@ -171,6 +173,7 @@ impl InStreams {
         let packet_max = packet_max(ram_bytes);
         let work = move || {
             let mut flood = Flood::default();
+            let mut begun = false;
             // Whatever the reason: there is nobody to tell it to but who uses the streams.
             while let Ok(Some(packet)) = from.receive(None, packet_max) {
                 let event = match FromReceiving::decoded(&packet.body) {
@@ -190,11 +193,15 @@ impl InStreams {
                         broken_link,
                         why,
                     },
-                    Ok(FromReceiving::DeviceState(piece)) => {
-                        if state.push(&piece).is_err() {
+                    Ok(FromReceiving::DeviceState(piece, early)) => {
+                        if state.push(&piece, early).is_err() {
                             break;
                         }
-                        continue;
+                        if begun || !early {
+                            continue;
+                        }
+                        begun = true;
+                        InEvent::EarlyState
                     }
                     Ok(FromReceiving::Answer(id, answer)) => {
                         asked.answered(id, answer);
@@ -484,7 +491,7 @@ mod tests {
     #[test]
     fn more_device_state_than_is_accepted_ends_it() {
         let (streams, process, events) = streams(100);
-        let piece = |len: usize| FromReceiving::DeviceState(vec![1; len].into()).encoded();
+        let piece = |len: usize| FromReceiving::DeviceState(vec![1; len].into(), false).encoded();
         process.send(&piece(60), &[]).unwrap();
         process.send(&piece(60), &[]).unwrap();
         assert!(matches!(events.recv().unwrap(), InEvent::Lost));

@@ -184,6 +184,7 @@ impl OutStreams {
             port: Arc::clone(&self.port),
             op,
             chunk: 0,
+            early: true,
             bytes: 0,
             sha256: Sha256Of::default(),
         }
@@ -255,11 +256,17 @@ pub struct DeviceStateOut {
     port: Arc<Port>,
     op: Op,
     chunk: u32,
+    early: bool,
     bytes: u64,
     sha256: Sha256Of,
 }
 
 impl DeviceStateOut {
+    /// What is written from now on was saved after the pause.
+    pub fn paused(&mut self) {
+        self.early = false;
+    }
+
     /// Length and digest of what was written.
     pub fn finish(self) -> (u64, Sha256) {
         (self.bytes, self.sha256.finish())
@@ -274,7 +281,7 @@ impl Write for DeviceStateOut {
         let job = ToSending::Job {
             op,
             whom: Whom::First,
-            job: WireJob::DeviceState(self.chunk, piece.to_vec().into()),
+            job: WireJob::DeviceState(self.chunk, piece.to_vec().into(), self.early),
         };
         self.port.send(&job.encoded(), &[])?;
         self.chunk = self

@@ -5,7 +5,7 @@
 //! | bytes | field |
 //! |---|---|
 //! | 0 | kind: 1 pages, 2 end of round, 3 device state, 4 stale pages, 5 drained |
-//! | 1 | encoding of pages, see below; for an end of round: 1 if it is the last; for drained: 1 if the VM runs before all pages are there |
+//! | 1 | encoding of pages, see below; for an end of round: 1 if it is the last; for drained: 1 if the VM runs before all pages are there; for device state: 1 if it is early |
 //! | 2..4 | region (little endian, as all that follows) |
 //! | 4..8 | block within the region; round; chunk of the device state |
 //! | 8..40 | mask of pages, bit 0 of byte 8 is the block's first page |
@@ -28,6 +28,9 @@
 //! have, the device state may be loaded while it still arrives. Its pieces are on the first stream, anywhere before the
 //! end of the last round. What saving it wrote follows behind drained: as QEMU orders it, the state of devices comes behind
 //! the memory that they look at, and what is written later is complete before the VM runs.
+//!
+//! Device state that is early was saved before the pause and is loaded at once: it does not look at guest memory. None of it
+//! comes behind a piece that is not early.
 //!
 //! Stale pages have no payload: they come anew once the VM runs at the destination, which forgets what it has of them.
 //! A stream that has sent the end of the last round twice has sent all of those, too.
@@ -102,6 +105,8 @@ pub enum Frame {
     DeviceState {
         /// Counts the pieces from 0.
         chunk: u32,
+        /// Whether it was saved before the pause.
+        early: bool,
         /// Bytes of this piece, 1 to [`PAYLOAD_MAX`].
         len: u32,
     },
@@ -188,7 +193,9 @@ impl Frame {
             Self::Stale(block) => (KIND_STALE, 0, block.region, block.index, block.mask),
             Self::Drained { post_copy } => (KIND_DRAINED, u8::from(post_copy), 0, 0, [0; 4]),
             Self::RoundEnd { round, last } => (KIND_ROUND_END, u8::from(last), 0, round, [0; 4]),
-            Self::DeviceState { chunk, .. } => (KIND_DEVICE_STATE, 0, 0, chunk, [0; 4]),
+            Self::DeviceState { chunk, early, .. } => {
+                (KIND_DEVICE_STATE, u8::from(early), 0, chunk, [0; 4])
+            }
         };
         header[0] = kind;
         header[1] = encoding;
@@ -282,11 +289,15 @@ impl Frame {
                 },
                 other => return Err(FrameError::Encoding(other)),
             },
-            KIND_DEVICE_STATE if encoding != 0 => return Err(FrameError::Encoding(encoding)),
+            KIND_DEVICE_STATE if encoding > 1 => return Err(FrameError::Encoding(encoding)),
             KIND_DEVICE_STATE if len == 0 || len as usize > PAYLOAD_MAX => {
                 return Err(FrameError::Length(len));
             }
-            KIND_DEVICE_STATE => Self::DeviceState { chunk: index, len },
+            KIND_DEVICE_STATE => Self::DeviceState {
+                chunk: index,
+                early: encoding == 1,
+                len,
+            },
             other => return Err(FrameError::Kind(other)),
         };
         if len as usize != frame.payload_bytes() {
@@ -427,7 +438,7 @@ mod tests {
             let len = match (kind, encoding) {
                 (KIND_PAGES, 0) => pages * 4096,
                 (KIND_PAGES, 5) => pages * 10,
-                (KIND_PAGES, 2..=4) => len,
+                (KIND_PAGES, 2..=4) | (KIND_DEVICE_STATE, _) => len,
                 _ => 0,
             };
             header[40..44].copy_from_slice(&len.to_le_bytes());

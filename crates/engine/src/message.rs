@@ -10,7 +10,7 @@ use crate::order::Order;
 use crate::strategy::PostCopyUse;
 
 /// Versions of the protocol that this code speaks, best first.
-pub const VERSIONS: [u16; 1] = [4];
+pub const VERSIONS: [u16; 1] = [5];
 /// Longest encoded message in bytes, without its length.
 pub const MESSAGE_MAX: usize = 512 * 1024;
 /// Longest descriptor in bytes.

@@ -93,6 +93,8 @@ struct Seen {
     rounds: u32,
     /// The VM is paused at the source; whether its last pages come after the switchover.
     drained: Option<bool>,
+    /// A piece of the device state is here that was saved before the pause.
+    early: bool,
     last_round: bool,
     seal: Option<Seal>,
     loaded: bool,
@@ -197,7 +199,8 @@ impl Player {
                 let (round, last) = (u.int_in_range(0..=5)?, u.arbitrary()?);
                 self.round(round, last);
             }
-            212..=214 => {
+            212 => self.early(),
+            213..=214 => {
                 let post_copy = u.arbitrary()?;
                 self.drained(post_copy);
             }
@@ -288,6 +291,13 @@ impl Player {
         self.destination.handle_round(self.now, round, last);
     }
 
+    fn early(&mut self) {
+        if self.seen.opened && !self.destination.is_waiting_for_source() {
+            self.seen.early = true;
+        }
+        self.destination.handle_early_state(self.now);
+    }
+
     fn drained(&mut self, post_copy: bool) {
         let receives = self.seen.opened && !self.destination.is_waiting_for_source();
         if receives && self.seen.drained.is_none() {
@@ -331,7 +341,9 @@ impl Player {
                 return Ok(());
             }
             DestinationPhase::Receiving => {
-                if u.arbitrary()? {
+                if u.ratio(1, 8)? {
+                    self.early();
+                } else if u.arbitrary()? {
                     let post_copy = u.arbitrary()?;
                     self.drained(post_copy);
                 } else {
@@ -611,13 +623,19 @@ impl Player {
                 assert!(seen.container && (1..=4).contains(&streams));
                 self.wait(op, Kind::Streams);
             }
-            DestinationAction::LoadDeviceState { op, post_copy } => {
+            DestinationAction::LoadDeviceState(op) => {
+                assert!(
+                    seen.drained.is_some() || seen.early,
+                    "loaded, and none of it is here"
+                );
+                self.wait(op, Kind::Load);
+            }
+            DestinationAction::ReleaseDeviceState { post_copy } => {
                 assert_eq!(
                     seen.drained,
                     Some(post_copy),
-                    "loaded while the VM runs at its source"
+                    "devices are loaded while the VM runs at its source"
                 );
-                self.wait(op, Kind::Load);
             }
             DestinationAction::SealDeviceState(seal) => {
                 assert!((1..=1 << 20).contains(&seal.device_state_bytes));

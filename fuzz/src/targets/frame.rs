@@ -43,6 +43,7 @@ fn seeds() -> Vec<Vec<u8>> {
         },
         Frame::DeviceState {
             chunk: 0,
+            early: true,
             len: PAYLOAD_MAX as u32,
         },
         // Behind the end of the region: by one page, by a block, by as much as the field holds.

@@ -30,8 +30,8 @@ const STATE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Something to do with the container.
 pub(super) enum ContainerJob {
     Reserve(Op, Box<Offer>),
-    /// Load the device state while it arrives; where there is a slot, for a VM that waits for pages which are not here.
-    Load(Op, Arc<InStreams>, Option<MissingSlot>),
+    /// Load the device state while it arrives; what was not saved early when it is released.
+    Load(Op, Arc<InStreams>, ReleaseSlot),
     /// Let nothing wait for pages any more; whether the digests of all that arrived are known.
     EndPulling(Op, MissingSlot, Option<Arc<InStreams>>, bool),
     Activate(Op),
@@ -40,6 +40,9 @@ pub(super) enum ContainerJob {
 
 /// Accesses to missing pages, once they wait.
 pub(super) type MissingSlot = Arc<OnceLock<Arc<dyn MissingPages>>>;
+
+/// Set before the device state is released: with a slot where the VM waits for pages which are not here.
+pub(super) type ReleaseSlot = Arc<OnceLock<Option<MissingSlot>>>;
 
 /// The thread that does it.
 pub(super) struct ContainerWorker {
@@ -162,8 +165,8 @@ impl Work {
                     }
                     Err(failure) => DestinationEvent::Container(op, Err(failure)),
                 },
-                ContainerJob::Load(op, streams, missing) => {
-                    DestinationEvent::Container(op, self.load(&streams, missing.as_ref()))
+                ContainerJob::Load(op, streams, release) => {
+                    DestinationEvent::Container(op, self.load(&streams, &release))
                 }
                 ContainerJob::EndPulling(op, missing, streams, comparable) => {
                     let result = end_pulling(&missing, streams.as_deref(), comparable);
@@ -246,21 +249,36 @@ impl Work {
     fn load(
         &mut self,
         streams: &InStreams,
-        missing: Option<&MissingSlot>,
+        release: &ReleaseSlot,
     ) -> Result<DestinationDone, Failure> {
         let broke = |error| super::streams_failure(&error);
+        let vm = Arc::clone(self.vm()?);
         let mut waits = None;
-        if let Some(missing) = missing {
-            // Before the devices look into guest memory.
-            wait_for_pages(self.vm()?, missing)?;
-            if let Some(missing) = missing.get() {
-                waits = Some(streams.wait(missing.as_ref()).map_err(broke)?);
+        let mut failed = None;
+        let mut prepare = || {
+            if let Some(missing) = release.get().and_then(Option::as_ref) {
+                // Before the devices look into guest memory.
+                wait_for_pages(&vm, missing)?;
+                if let Some(missing) = missing.get() {
+                    waits = Some(streams.wait(missing.as_ref()).map_err(broke)?);
+                }
             }
+            fail_point("destination-loading");
+            Ok(())
+        };
+        let released = || {
+            prepare().map_err(|failure: Failure| {
+                let text = failure.reason.message.clone();
+                failed = Some(failure);
+                io::Error::other(text)
+            })
+        };
+        let state = streams.device_state();
+        let loaded = vm.load_device_state(&mut state.reader(STATE_TIMEOUT, released));
+        if let Some(failed) = failed {
+            return Err(failed);
         }
-        fail_point("destination-loading");
-        self.vm()?
-            .load_device_state(&mut streams.device_state().reader(STATE_TIMEOUT))
-            .map_err(|error| failure("device-state", &error))?;
+        loaded.map_err(|error| failure("device-state", &error))?;
         if let Some(waits) = waits {
             // Answered while the devices were loaded; before anybody hears that pages may be sent.
             waits.done().map_err(broke)?;

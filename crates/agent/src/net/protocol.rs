@@ -316,7 +316,7 @@ pub enum WireJob {
     Stale(#[n(0)] ByteVec),
     /// See [`crate::data_send::Job::DeviceState`].
     #[n(4)]
-    DeviceState(#[n(0)] u32, #[n(1)] ByteVec),
+    DeviceState(#[n(0)] u32, #[n(1)] ByteVec, #[n(2)] bool),
     /// See [`crate::data_send::Job::Drained`].
     #[n(5)]
     Drained(#[n(0)] bool),
@@ -403,9 +403,9 @@ pub enum FromReceiving {
     /// A stream of this generation broke: whether the path is to blame, and why.
     #[n(3)]
     Failed(#[n(0)] u32, #[n(1)] bool, #[n(2)] String),
-    /// A piece of the device state.
+    /// A piece of the device state, and whether it was saved before the pause.
     #[n(4)]
-    DeviceState(#[n(0)] ByteVec),
+    DeviceState(#[n(0)] ByteVec, #[n(1)] bool),
     /// An answer.
     #[n(5)]
     Answer(#[n(0)] u64, #[n(1)] Answer),
@@ -704,7 +704,7 @@ mod tests {
             any::<(u32, bool)>().prop_map(|(a, b)| FromReceiving::Drained(a, b)),
             (any::<u32>(), any::<bool>(), text())
                 .prop_map(|(a, b, c)| FromReceiving::Failed(a, b, c)),
-            bytes().prop_map(FromReceiving::DeviceState),
+            (bytes(), any::<bool>()).prop_map(|(a, b)| FromReceiving::DeviceState(a, b)),
             (any::<u64>(), any::<[u8; 32]>(), any::<[u64; 3]>()).prop_map(|(id, root, waits)| {
                 FromReceiving::Answer(id, Answer::Pulled(Root(root), waits.to_vec()))
             }),

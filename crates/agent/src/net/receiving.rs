@@ -70,8 +70,8 @@ impl Receiving {
                 digests: Digests::new(&layout, incoming.digest_seed),
                 received: Received::new(&layout),
                 layout,
-                device_state: Box::new(move |piece| {
-                    let piece = FromReceiving::DeviceState(piece.to_vec().into());
+                device_state: Box::new(move |piece, early| {
+                    let piece = FromReceiving::DeviceState(piece.to_vec().into(), early);
                     state_port.send(&piece.encoded(), &[])
                 }),
                 device_state_max: incoming.device_state_max,

@@ -242,10 +242,13 @@ impl Sending {
                 Job::Urgent(block)
             }
             WireJob::RoundEnd(round, last) => Job::RoundEnd { round, last },
-            WireJob::DeviceState(chunk, piece) if piece.len() <= PAYLOAD_MAX => Job::DeviceState {
-                chunk,
-                piece: Vec::from(piece).into(),
-            },
+            WireJob::DeviceState(chunk, piece, early) if piece.len() <= PAYLOAD_MAX => {
+                Job::DeviceState {
+                    chunk,
+                    early,
+                    piece: Vec::from(piece).into(),
+                }
+            }
             WireJob::DeviceState(..) => return Err(ProtocolError::OutOfBounds("device state")),
             WireJob::Drained(post_copy) => Job::Drained { post_copy },
         };

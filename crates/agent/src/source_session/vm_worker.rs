@@ -96,6 +96,7 @@ impl Work {
             .vm()?
             .pause_to_save(self.state_limit, &mut Early(&mut out))
             .map_err(|error| failure("pause", &error))?;
+        out.paused();
         fail_point("source-paused");
         self.out = Some(out);
         Ok(SourceDone::Paused(paused_for))

@@ -49,11 +49,11 @@ pub enum DestinationAction {
         /// Layout that every frame must fit.
         layout: RamLayout,
     },
-    /// Load the device state while it arrives. Report when it was sealed ([`DestinationAction::SealDeviceState`]), is
-    /// what was sealed, and is loaded.
-    LoadDeviceState {
-        /// To report with.
-        op: Op,
+    /// Load the device state while it arrives, at first only the pieces that are marked as early. Report when it was
+    /// released, was sealed ([`DestinationAction::SealDeviceState`]), is what was sealed, and is loaded.
+    LoadDeviceState(Op),
+    /// What is not early of the device state may be loaded from now on.
+    ReleaseDeviceState {
         /// Whether accesses to pages that are not here have to wait from before that on, and the source is asked for
         /// them.
         post_copy: bool,

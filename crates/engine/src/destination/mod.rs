@@ -484,13 +484,40 @@ impl Destination {
             let what = "the source pauses the VM twice, or otherwise than was agreed on";
             return self.discard(now, Reason::new("peer-misbehaved", what));
         }
-        let op = Op(self.next_op);
-        self.next_op += 1;
         *drained = Some(post_copy);
-        *load = Load::Loading(op);
+        let begun = *load != Load::NotYet;
         self.post_copy = post_copy;
+        if !begun {
+            self.begin_loading();
+        }
         self.actions
-            .push_back(DestinationAction::LoadDeviceState { op, post_copy });
+            .push_back(DestinationAction::ReleaseDeviceState { post_copy });
+    }
+
+    /// The first piece of the device state has arrived that is marked as early: the source is about to pause the VM.
+    pub fn handle_early_state(&mut self, now: Time) {
+        match self.state {
+            State::Receiving {
+                drained: None,
+                load: Load::NotYet,
+                ..
+            } => self.begin_loading(),
+            // Its connection broke before the pause, it says.
+            State::AwaitRejoin { .. } | State::Reopening { .. } => {
+                let what = "device state arrived from a source that is to come back";
+                self.discard(now, Reason::new("peer-misbehaved", what));
+            }
+            _ => {}
+        }
+    }
+
+    fn begin_loading(&mut self) {
+        let begun = self.op();
+        if let State::Receiving { load, .. } = &mut self.state {
+            *load = Load::Loading(begun);
+            self.actions
+                .push_back(DestinationAction::LoadDeviceState(begun));
+        }
     }
 
     /// All streams have delivered this round.

@@ -12,6 +12,8 @@ impl Destination {
             self.state,
             State::Receiving {
                 drained: None,
+                // What a container has loaded it cannot forget.
+                load: Load::NotYet,
                 seal: None,
                 ..
             } | State::AwaitRejoin { .. }

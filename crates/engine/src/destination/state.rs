@@ -28,7 +28,7 @@ pub(super) enum State {
     OpeningStreams {
         op: Op,
     },
-    /// Pages arrive; from the pause on, the device state is loaded meanwhile.
+    /// Pages arrive; from a moment before the pause on, the device state is loaded meanwhile.
     Receiving {
         /// Once the VM is paused at the source: whether it runs here before its last pages are here.
         drained: Option<bool>,

@@ -54,11 +54,14 @@ impl World {
             }
             DestinationAction::ExpectStreams { op, .. } => self.destination.expecting = Some(op),
             DestinationAction::SealDeviceState(_) => self.destination.state_sealed = true,
-            DestinationAction::LoadDeviceState { op, post_copy } => {
+            DestinationAction::LoadDeviceState(op) => self.destination.loading = Some(op),
+            DestinationAction::ReleaseDeviceState { post_copy } => {
                 if let Some(container) = &mut self.destination.container {
                     container.waits = post_copy;
                 }
-                self.give(op, ContainerJob::Load);
+                if let Some(op) = self.destination.loading.take() {
+                    self.give(op, ContainerJob::Load);
+                }
             }
             DestinationAction::ComputeRoot(op) => {
                 let root = root(self.destination.received);
@@ -255,6 +258,7 @@ impl World {
         self.destination.jobs.clear();
         self.destination.recovery.clear();
         self.destination.expecting = None;
+        self.destination.loading = None;
         self.destination.session = None;
         self.destination.cannot_resume = 0;
         self.destination.engine = None;

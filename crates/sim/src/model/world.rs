@@ -141,6 +141,8 @@ pub(super) struct DestinationHost {
     pub(super) jobs: VecDeque<(Op, ContainerJob)>,
     pub(super) recovery: VecDeque<Recovery>,
     pub(super) expecting: Option<Op>,
+    /// To report with, once it is loaded.
+    pub(super) loading: Option<Op>,
     /// The connection of the migration, as an index.
     pub(super) session: Option<usize>,
     pub(super) wishes: PostCopyUse,
@@ -202,6 +204,7 @@ impl World {
                 jobs: VecDeque::new(),
                 recovery: VecDeque::new(),
                 expecting: None,
+                loading: None,
                 session: None,
                 wishes: PostCopyUse::No,
                 state_arrived: false,
@@ -347,6 +350,7 @@ impl World {
             jobs,
             recovery,
             expecting,
+            loading,
             session,
             wishes,
             state_arrived,
@@ -360,7 +364,7 @@ impl World {
             engine.hash_behaviour(&mut hasher);
         }
         (up, container, records, journal, jobs, recovery).hash(&mut hasher);
-        (expecting, session, wishes, received).hash(&mut hasher);
+        (expecting, loading, session, wishes, received).hash(&mut hasher);
         (state_arrived, state_sealed, arrived).hash(&mut hasher);
         (cannot_resume, self.paused_version, self.ran_there).hash(&mut hasher);
         self.connections.len().hash(&mut hasher);

@@ -23,6 +23,7 @@ impl World {
         self.disk_free[1] = self.now;
         self.destination = None;
         self.destination_jobs.clear();
+        self.loading = None;
         self.destination_busy = false;
         self.half_written();
         self.drop_connection();
@@ -327,11 +328,14 @@ impl World {
                 }
             }
             DestinationAction::SealDeviceState(_) => self.state_sealed = true,
-            DestinationAction::LoadDeviceState { op, post_copy } => {
+            DestinationAction::LoadDeviceState(op) => self.loading = Some(op),
+            DestinationAction::ReleaseDeviceState { post_copy } => {
                 if let Some(copy) = &mut self.copies[1] {
                     copy.waits = post_copy;
                 }
-                self.destination_jobs.push_back(ContainerJob::Load(op));
+                if let Some(op) = self.loading.take() {
+                    self.destination_jobs.push_back(ContainerJob::Load(op));
+                }
             }
             DestinationAction::ComputeRoot(op) => {
                 let root = root(&self.received_versions);
@@ -343,6 +347,7 @@ impl World {
                 self.destination_jobs.push_back(ContainerJob::Activate(op));
             }
             DestinationAction::Terminate(op) => {
+                self.loading = None;
                 // A load that still waits for its state is given up.
                 self.destination_jobs
                     .retain(|job| !matches!(job, ContainerJob::Load(_)));

@@ -109,6 +109,8 @@ enum Event {
     Stale(u32, Vec<u64>),
     Pushed(u32),
     State(u32),
+    /// A piece of it that was saved before the pause.
+    EarlyState(u32),
     SourceJournal(u64, Op, SourceRecord),
     DestinationJournal(u64, Op, DestinationRecord),
     SourceDone(u64, Op, Result<SourceDone, bool>),
@@ -228,6 +230,8 @@ struct World {
     paused_memory: Option<Vec<u64>>,
     /// Whether the source's VM was paused to be saved, and is not saved.
     unsaved: bool,
+    /// The destination has begun to load.
+    loading: Option<Op>,
     tracing: bool,
     trace: Vec<String>,
 }
@@ -370,6 +374,7 @@ impl World {
             aborted_early: false,
             paused_memory: None,
             unsaved: false,
+            loading: None,
             tracing,
             trace: Vec::new(),
         }
@@ -745,6 +750,13 @@ impl World {
                     && let Some(destination) = &mut self.destination
                 {
                     destination.handle_pushed(now);
+                }
+            }
+            Event::EarlyState(connection) => {
+                if connection == self.session_connection
+                    && let Some(destination) = &mut self.destination
+                {
+                    destination.handle_early_state(now);
                 }
             }
             Event::State(connection) => {

@@ -136,6 +136,9 @@ impl World {
             }
             VmJob::Pause(op) => {
                 self.unsaved = true;
+                if self.random.one_in(2) {
+                    self.put_on_wire(Event::EarlyState(self.source_end), false);
+                }
                 if let Some(copy) = &mut self.copies[0] {
                     copy.run = Run::Paused;
                     self.paused_memory = Some(copy.memory.clone());

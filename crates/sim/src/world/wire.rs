@@ -36,7 +36,8 @@ impl World {
                     | Event::Drained(..)
                     | Event::Stale(..)
                     | Event::Pushed(_)
-                    | Event::State(_),
+                    | Event::State(_)
+                    | Event::EarlyState(_),
                 ) => break,
                 _ => continue,
             }
@@ -60,6 +61,7 @@ impl World {
                         | Event::Stale(..)
                         | Event::Pushed(_)
                         | Event::State(_)
+                        | Event::EarlyState(_)
                 )
             );
             if in_flight {

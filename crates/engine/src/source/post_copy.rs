@@ -18,6 +18,9 @@ const SLICE_PAGES: u64 = 4096;
 const DEMANDS_MAX: usize = 4096;
 /// Pages sent along with one that the VM waits for, aligned: 64 KiB.
 const NEIGHBOURS: u64 = 16;
+/// The same before it runs, when it is its devices that wait, for one page after the other, and the VM with them: 16 KiB.
+/// They look at few places, and what nobody asked for delays the next that is.
+const NEIGHBOURS_BEFORE: u64 = 4;
 
 /// What is still to be sent.
 #[derive(Clone, Debug, Hash)]
@@ -92,10 +95,15 @@ impl Source {
             }
             return self.connection_lost(now, Reason::new("peer-misbehaved", what));
         }
-        let first = demand.page - demand.page % NEIGHBOURS;
+        let neighbours = if post_copy.runs {
+            NEIGHBOURS
+        } else {
+            NEIGHBOURS_BEFORE
+        };
+        let first = demand.page - demand.page % neighbours;
         let mut block = post_copy
             .rest
-            .take_within_block(demand.region, first..first + NEIGHBOURS);
+            .take_within_block(demand.region, first..first + neighbours);
         // Also one that holds no data, or that was sent: it may be behind others on its stream.
         block.insert(demand.page);
         post_copy.cursor = (region, demand.page / BLOCK_PAGES);

@@ -282,6 +282,7 @@ impl Agent {
             epoch_known: self.store.epoch(order.vm)?,
             vm_present: present,
             full: self.active(Side::Destination) > max_inbound,
+            refusals: Vec::new(),
         })
     }
 

@@ -288,7 +288,10 @@ impl DestinationSession {
                 self.watch(&vm);
                 self.vm = Some(vm);
                 self.ram = Some(ram);
-                let done = DestinationDone::Reserved { post_copy };
+                let done = DestinationDone::Reserved {
+                    post_copy,
+                    evidence: Vec::new(),
+                };
                 self.engine.handle_done(now, op, Ok(done));
             }
             DestinationEvent::Container(op, result) => {
@@ -325,9 +328,9 @@ impl DestinationSession {
     fn execute(&mut self, action: DestinationAction) {
         match action {
             DestinationAction::Send(message) => self.send(&message),
-            DestinationAction::ConsultLedger(order) => {
+            DestinationAction::ConsultLedger(offer) => {
                 let now = self.agent.now();
-                match self.agent.ledger(&order, &self.peer) {
+                match self.agent.ledger(&offer.order, &self.peer) {
                     Ok(ledger) => self.engine.handle_ledger(now, &ledger),
                     Err(error) => {
                         let reason = Reason::new("journal", chain(&error));
@@ -360,6 +363,10 @@ impl DestinationSession {
                     };
                     self.report(op, Err(failure));
                 }
+            }
+            // Nothing is configured that this host would say about itself.
+            DestinationAction::Attest { op, .. } => {
+                self.report(op, Ok(DestinationDone::Attested(Vec::new())));
             }
             DestinationAction::TellReceived => {
                 if let Err(error) = self.tell_received() {
@@ -746,7 +753,7 @@ impl DestinationSession {
             if outcome == Outcome::Completed {
                 info.percent = 100.0;
             }
-            info.error = reason.map(|reason| api_error(reason, &[], outcome));
+            info.error = reason.map(|reason| api_error(reason, &[], outcome, false));
             info.reason = reason.map(|reason| reason.message.clone());
         });
         match (ending, self.engine.order()) {

@@ -11,6 +11,7 @@ use palanquin_engine::order::Order;
 use tracing::{debug, warn};
 
 use crate::agent::Agent;
+use crate::challenge;
 use crate::channel::{Channel, ChannelError};
 use crate::dial::dial;
 
@@ -58,7 +59,8 @@ fn tell(agent: &Agent, order: &Order, reason: &Reason) -> bool {
 
 fn say(channel: &Channel, order: &Order, reason: &Reason) -> Result<(), ChannelError> {
     channel.set_receive_timeout(Some(PATIENCE));
-    channel.send(&Message::Hello(Hello::ours(crate::SOFTWARE)))?;
+    let hello = Hello::ours(crate::SOFTWARE, challenge::fresh()?);
+    channel.send(&Message::Hello(hello))?;
     channel.receive()?;
     channel.send(&Message::Query(Query {
         migration: order.migration,

@@ -4,6 +4,7 @@
 
 pub mod agent;
 pub mod chain;
+pub mod challenge;
 pub mod channel;
 pub mod crowd;
 pub mod data_receive;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use aws_lc_rs::rand;
 use palanquin_api::control::Side;
 use palanquin_engine::destination::DestinationAction;
-use palanquin_engine::ids::StreamSecret;
+use palanquin_engine::ids::{Challenge32, StreamSecret};
 use palanquin_engine::journal::verdict;
 use palanquin_engine::message::{
     Hello, HelloReply, Offer, Query, Reason, Refused, Verdict, WireBlocker,
@@ -22,6 +22,7 @@ use tracing::{info, warn};
 
 use crate::agent::Agent;
 use crate::chain::chain;
+use crate::challenge;
 use crate::channel::{BACKLOG_MAX, Channel, ChannelError};
 use crate::crowd::{Complaints, Crowd, Place};
 use crate::destination_session::{
@@ -135,12 +136,16 @@ fn converse(
     let Message::Hello(hello) = channel.receive()? else {
         return out_of_turn(channel, "a greeting was expected");
     };
-    let reply = HelloReply::to(&hello, crate::SOFTWARE);
+    let challenge = challenge::fresh()?;
+    let reply = HelloReply::to(&hello, crate::SOFTWARE, challenge);
     let common = reply.version.is_some();
     channel.send(&Message::HelloReply(reply))?;
     if !common {
         info!(peer = %channel.peer, software = hello.software, "no common version of the protocol");
         return Ok(());
+    }
+    if hello.challenge.is_none() {
+        return out_of_turn(channel, "a challenge was expected in the greeting");
     }
     loop {
         match channel.receive()? {
@@ -163,7 +168,9 @@ fn converse(
                 let blockers = check(agent, &offer, &channel.peer.name);
                 channel.send(&Message::CheckReply(blockers))?;
             }
-            Message::Offer(offer) => return arrive(agent, channel, &hello, offer, waiting),
+            Message::Offer(offer) => {
+                return arrive(agent, channel, &hello, challenge, offer, waiting);
+            }
             _ => return out_of_turn(channel, "a question or an offer was expected"),
         }
     }
@@ -184,7 +191,7 @@ fn check(agent: &Agent, offer: &Offer, peer: &str) -> Vec<WireBlocker> {
     match agent.ledger(&offer.order, peer) {
         Ok(ledger) => {
             if let Err(error) = offer.order.judge(&ledger) {
-                blockers.push(blocker_of(&error));
+                blockers.push(error.into());
             }
         }
         Err(error) => blockers.push(WireBlocker {
@@ -278,6 +285,7 @@ fn arrive(
     agent: &Arc<Agent>,
     channel: &Arc<Channel>,
     hello: &Hello,
+    challenge: Challenge32,
     offer: Offer,
     waiting: Waiting,
 ) -> Result<(), ChannelError> {
@@ -286,13 +294,13 @@ fn arrive(
     if let Ok(ledger) = agent.ledger(&order, &channel.peer.name)
         && let Err(error) = order.judge(&ledger)
     {
-        return refuse(channel, &order, &error);
+        return refuse(channel, &order, error);
     }
     let mut secret = StreamSecret([0; 32]);
     if rand::fill(&mut secret.0).is_err() {
         return out_of_turn(channel, "this host has no randomness");
     }
-    let config = destination_config(agent, secret);
+    let config = destination_config(agent, secret, challenge);
     let now = agent.now();
     let mut engine = Destination::new(now, config);
     engine.handle_message(now, Message::Hello(hello.clone()));
@@ -320,7 +328,7 @@ fn arrive(
         Some(Session::Destination(sender.clone())),
     ));
     if !agent.track_new(order.migration, &tracked) {
-        return refuse(channel, &order, &OrderError::Replayed);
+        return refuse(channel, &order, OrderError::Replayed);
     }
     let session = DestinationSession::new(agent, engine, &offer, channel, &tracked, sender.clone());
     let session = session.inspect_err(|_| agent.untrack(order.migration))?;
@@ -336,22 +344,14 @@ fn arrive(
 }
 
 /// Says why an order is not taken; nothing of it stays.
-fn refuse(channel: &Channel, order: &Order, error: &OrderError) -> Result<(), ChannelError> {
+fn refuse(channel: &Channel, order: &Order, error: OrderError) -> Result<(), ChannelError> {
     warn!(peer = %channel.peer, migration = %order.migration, code = error.code(), %error, "an order was refused");
     channel.send(&Message::Refused(Refused {
         by_gate: error.is_refusal(),
-        blockers: vec![blocker_of(error)],
+        blockers: vec![error.into()],
     }))?;
     channel.close();
     Ok(())
-}
-
-fn blocker_of(error: &OrderError) -> WireBlocker {
-    WireBlocker {
-        code: error.code().to_owned(),
-        message: error.to_string(),
-        remedy: palanquin_engine::destination::remedy(error.code()).to_owned(),
-    }
 }
 
 /// Tells a session what arrives on its connection, which is the one of this generation, until that is lost.
@@ -378,8 +378,12 @@ fn forward(channel: &Channel, events: &Sender<DestinationEvent>, generation: u32
     }
 }
 
-/// The settings of a destination.
-pub fn destination_config(agent: &Agent, stream_secret: StreamSecret) -> DestinationConfig {
+/// The settings of a destination; the challenge is that of the greeting.
+pub fn destination_config(
+    agent: &Agent,
+    stream_secret: StreamSecret,
+    challenge: Challenge32,
+) -> DestinationConfig {
     let limits = &agent.config.limits;
     DestinationConfig {
         timing: agent.timing(),
@@ -387,6 +391,7 @@ pub fn destination_config(agent: &Agent, stream_secret: StreamSecret) -> Destina
         stream_secret,
         streams_max: STREAMS_MAX,
         device_state_max: limits.device_state.bytes(),
+        challenge,
     }
 }
 

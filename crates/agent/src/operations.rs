@@ -26,6 +26,7 @@ use uuid::Uuid;
 
 use crate::agent::{Agent, Entry};
 use crate::chain::chain;
+use crate::challenge;
 use crate::dial::dial;
 use crate::fail_point::fail_point;
 use crate::source_session::{SourceEvent, SourceParams};
@@ -339,6 +340,8 @@ impl Agent {
         }
         let (vm, offer, layout) = self.offer_of(&entry, &request.to, request.streams)?;
         let order = offer.order.clone();
+        let fresh = || challenge::fresh().map_err(|e| internal("the migration can't be begun", &e));
+        let (challenge, last_challenge) = (fresh()?, fresh()?);
         if !self.claim(order.vm, order.migration) {
             let hint = "`palanquin migration ls` shows it";
             return Err(error(
@@ -355,6 +358,8 @@ impl Agent {
             limits,
             timing: self.timing(),
             software: crate::SOFTWARE.to_owned(),
+            challenge,
+            last_challenge,
         };
         let params = SourceParams {
             bandwidth_bytes_per_s: request.bandwidth_bytes_per_s,
@@ -451,6 +456,8 @@ impl Agent {
             digest_seed: u64::from_le_bytes(seed),
             // Set by the strategy.
             post_copy: PostCopyUse::No,
+            // Made when the destination has said to what it has to be bound.
+            credentials: Vec::new(),
         };
         Ok((vm, offer, layout))
     }
@@ -666,7 +673,8 @@ impl Agent {
         };
         channel.set_receive_timeout(Some(Duration::from_secs(20)));
         let converse = || {
-            channel.send(&Message::Hello(Hello::ours(crate::SOFTWARE)))?;
+            let hello = Hello::ours(crate::SOFTWARE, challenge::fresh()?);
+            channel.send(&Message::Hello(hello))?;
             let greeting = channel.receive()?;
             let Some(offer) = offer else {
                 return Ok((greeting, None));

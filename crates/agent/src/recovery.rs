@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use palanquin_api::control::{Outcome, Phase, Side};
-use palanquin_engine::ids::StreamSecret;
+use palanquin_engine::ids::{Challenge32, StreamSecret};
 use palanquin_engine::journal::DestinationRecovery;
 use palanquin_engine::message::Reason;
 use palanquin_engine::pages::PAGE_BYTES;
@@ -20,6 +20,7 @@ use tracing::{error, info, warn};
 
 use crate::agent::{Agent, Entry};
 use crate::chain::chain;
+use crate::challenge;
 use crate::destination_session::DestinationSession;
 use crate::listener::destination_config;
 use crate::operations::default_streams;
@@ -167,6 +168,13 @@ fn source_session(
     layout: Option<RamLayout>,
 ) {
     let ram_bytes = entry_of(agent, order).map_or(0, |entry| entry.stored.memory_bytes);
+    let challenges = challenge::fresh().and_then(|first| Ok((first, challenge::fresh()?)));
+    let (challenge, last_challenge) = match challenges {
+        Ok(challenges) => challenges,
+        Err(problem) => {
+            return error!(%problem, migration = %order.migration, "nothing is done about it");
+        }
+    };
     let config = SourceConfig {
         order: order.clone(),
         strategy: Default::default(),
@@ -174,6 +182,8 @@ fn source_session(
         limits: Default::default(),
         timing: agent.timing(),
         software: crate::SOFTWARE.to_owned(),
+        challenge,
+        last_challenge,
     };
     let engine = Source::recover(agent.now(), config, record);
     let params = SourceParams {
@@ -222,7 +232,8 @@ fn recovered_session(
     layout: &RamLayout,
 ) -> Result<(), Reason> {
     let internal = |what: &str| Reason::new("internal", what);
-    let mut config = destination_config(agent, StreamSecret([0; 32]));
+    // Neither is used any more: the source greets the listener, and is told fresh ones.
+    let mut config = destination_config(agent, StreamSecret([0; 32]), Challenge32([0; 32]));
     // How many there were is not recorded, and more threads than processors only hold each other up.
     config.streams_max = default_streams();
     let engine = Destination::recover(agent.now(), config, order.clone(), layout.clone());

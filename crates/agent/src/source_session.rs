@@ -300,6 +300,11 @@ impl SourceSession {
                         .map_err(|e| failure("journal", &e)),
                 );
             }
+            // Nothing is configured that would speak for this host, nor anything that the destination would have to pass.
+            SourceAction::Vouch { op, .. } => {
+                self.report(op, Ok(SourceDone::Vouched(Vec::new())));
+            }
+            SourceAction::Judge { op, .. } => self.report(op, Ok(SourceDone::Done)),
             SourceAction::OpenStreams {
                 op,
                 streams,
@@ -825,6 +830,7 @@ impl SourceSession {
             Outcome::Completed => info!("completed"),
             _ => warn!(reason = %reason.as_ref().map_or("", |r| &r.message), ?outcome, "ended"),
         }
+        let refused = self.engine.is_refused();
         self.agent.source_ended(self.engine.order(), ending);
         if self.engine.is_untold() {
             farewell::begin(&self.agent, self.engine.order(), reason.clone());
@@ -836,7 +842,7 @@ impl SourceSession {
             if outcome == Outcome::Completed {
                 info.percent = 100.0;
             } else if let Some(reason) = &reason {
-                info.error = Some(api_error(reason, &blockers, outcome));
+                info.error = Some(api_error(reason, &blockers, outcome, refused));
             }
             info.reason = reason.map(|reason| reason.message);
         });

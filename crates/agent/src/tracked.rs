@@ -155,9 +155,14 @@ pub fn ms(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
 }
 
-/// A reason and its blockers as the control interface tells them.
-pub fn api_error(reason: &Reason, blockers: &[WireBlocker], outcome: Outcome) -> ApiError {
-    let (kind, hint) = classify(&reason.code, outcome);
+/// A reason and its blockers as the control interface tells them, and whether the reason is that a gate refused.
+pub fn api_error(
+    reason: &Reason,
+    blockers: &[WireBlocker],
+    outcome: Outcome,
+    refused: bool,
+) -> ApiError {
+    let (kind, hint) = classify(&reason.code, outcome, refused);
     ApiError {
         kind,
         message: reason.message.clone(),
@@ -177,7 +182,7 @@ pub fn api_blocker(blocker: &WireBlocker) -> palanquin_api::control::Blocker {
     }
 }
 
-fn classify(code: &str, outcome: Outcome) -> (ErrorKind, Option<&'static str>) {
+fn classify(code: &str, outcome: Outcome, refused: bool) -> (ErrorKind, Option<&'static str>) {
     match (outcome, code) {
         (Outcome::InDoubt, "destination-forgot") => (
             ErrorKind::InDoubt,
@@ -200,6 +205,10 @@ fn classify(code: &str, outcome: Outcome) -> (ErrorKind, Option<&'static str>) {
             Some(
                 "check the certificates, names and clocks of both hosts; nothing of the VM was sent",
             ),
+        ),
+        (Outcome::RunningOnSource, _) if refused => (
+            ErrorKind::Refused,
+            Some("the destination did not pass; the VM goes on running on the source"),
         ),
         (_, "blocked") => (
             ErrorKind::Blocked,
@@ -236,11 +245,19 @@ mod tests {
     #[test]
     fn nobody_is_told_that_a_vm_that_ended_goes_on() {
         for code in ["vm-ended", "vm-ended-on-destination", "pages-lost", "x"] {
-            let (kind, hint) = classify(code, Outcome::VmEnded);
+            let (kind, hint) = classify(code, Outcome::VmEnded, true);
             assert_eq!(kind, ErrorKind::Internal, "{code}");
             assert!(!hint.unwrap_or_default().contains("goes on"), "{code}");
         }
-        let (kind, _) = classify("x", Outcome::RunningOnSource);
+        let (kind, _) = classify("x", Outcome::RunningOnSource, false);
         assert_eq!(kind, ErrorKind::Aborted);
+    }
+
+    #[test]
+    fn what_a_gate_refused_is_told_as_refused_whatever_its_code() {
+        for code in ["refused", "attestation-stale", "timeout"] {
+            let (kind, _) = classify(code, Outcome::RunningOnSource, true);
+            assert_eq!(kind, ErrorKind::Refused, "{code}");
+        }
     }
 }

@@ -63,6 +63,10 @@ fixed_bytes! {
     /// SHA-256 of a byte string.
     Sha256, 32
 }
+fixed_bytes! {
+    /// Fresh random bytes that the other side binds its evidence to, so that it cannot be an older one.
+    Challenge32, 32
+}
 
 /// Counts the owners that a VM has had. A host acts on a VM only with the newest epoch it knows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]

@@ -12,24 +12,31 @@
 //!
 //! ```text
 //! source                                   destination
-//! Hello            ───────────────────▶
-//!                  ◀───────────────────    HelloReply
-//! Offer            ───────────────────▶    journal Reserved, start container
-//!                  ◀───────────────────    Accepted | Refused
+//! Hello(challenge) ───────────────────▶
+//!                  ◀───────────────────    HelloReply(challenge)
+//! make credentials
+//! Offer            ───────────────────▶    gates judge; journal Reserved, start container, make evidence
+//!                  ◀───────────────────    Accepted(evidence) | Refused
+//! judge evidence
 //! N data streams   ═══════════════════▶
 //!                  ◀───────────────────    StreamsReady
 //! rounds           ═══════════════════▶
 //!                  ◀───────────────────    RoundReceived
+//! Challenge        ───────────────────▶    make evidence anew, beside all else
 //! pause; last pages                ═══▶
 //! device state     ═══════════════════▶    load it while it arrives
 //! Seal             ───────────────────▶
-//!                  ◀───────────────────    Ready(root)
+//!                  ◀───────────────────    Ready(root, evidence)
+//! judge evidence
 //! journal Committed
 //! Commit           ───────────────────▶    journal Owned, resume
 //!                  ◀───────────────────    Running
 //! journal Released, erase
 //! Erased           ───────────────────▶
 //! ```
+//!
+//! What the hosts show each other (credentials, evidence) is bytes here: the machines say when it is made and judged, and that
+//! nothing goes on without; the drivers make and judge it.
 //!
 //! Under post-copy the last pages are left out, and from then on:
 //!

@@ -5,7 +5,7 @@
 
 use minicbor::{Decode, Encode};
 
-use crate::ids::{Epoch, MigrationId, Root, Sha256, StreamSecret, VmId};
+use crate::ids::{Challenge32, Epoch, MigrationId, Root, Sha256, StreamSecret, VmId};
 use crate::order::Order;
 use crate::strategy::PostCopyUse;
 
@@ -15,6 +15,14 @@ pub const VERSIONS: [u16; 1] = [5];
 pub const MESSAGE_MAX: usize = 512 * 1024;
 /// Longest descriptor in bytes.
 pub const DESCRIPTOR_MAX: usize = 256 * 1024;
+/// Longest credentials of an offer in bytes.
+pub const CREDENTIALS_MAX: usize = 64 * 1024;
+/// Longest evidence of a destination in bytes.
+pub const EVIDENCE_MAX: usize = 32 * 1024;
+/// Longest code of a reason or blocker in bytes.
+const CODE_MAX: usize = 64;
+/// Longest text of a reason or blocker in bytes.
+const TEXT_MAX: usize = 2048;
 /// Most data streams of a migration.
 pub const STREAMS_MAX: u16 = 16;
 /// Most blockers that are told.
@@ -53,7 +61,7 @@ pub enum Message {
     Seal(#[n(0)] Seal),
     /// The destination has loaded everything and could run.
     #[n(8)]
-    Ready(#[n(0)] Root),
+    Ready(#[n(0)] Ready),
     /// The source gives the VM away. It has made that durable.
     #[n(9)]
     Commit(#[n(0)] Epoch),
@@ -94,6 +102,9 @@ pub enum Message {
     /// Post-copy: all pages have arrived.
     #[n(21)]
     Complete(#[n(0)] Complete),
+    /// The source begins to pause the VM: the evidence in [`Ready`] has to be bound to this.
+    #[n(22)]
+    Challenge(#[n(0)] Challenge32),
 }
 
 impl Message {
@@ -122,6 +133,7 @@ impl Message {
             Self::Demand(_) => "Demand",
             Self::Present(_) => "Present",
             Self::Complete(_) => "Complete",
+            Self::Challenge(_) => "Challenge",
         }
     }
 }
@@ -139,6 +151,9 @@ pub struct Hello {
     /// Version of the software, for logs.
     #[n(2)]
     pub software: String,
+    /// What the destination has to bind the evidence in [`Accepted`] to. Only a side of another version has none.
+    #[n(3)]
+    pub challenge: Option<Challenge32>,
 }
 
 /// What was selected; empty where nothing fits.
@@ -157,6 +172,9 @@ pub struct HelloReply {
     /// Versions this side speaks, so that a mismatch can be explained.
     #[n(3)]
     pub versions: Vec<u16>,
+    /// What the source has to bind the evidence in its credentials to. Only a side of another version has none.
+    #[n(4)]
+    pub challenge: Option<Challenge32>,
 }
 
 /// The order and what a container needs.
@@ -181,6 +199,10 @@ pub struct Offer {
     /// Whether the VM may run on the destination before all of its pages are there.
     #[n(5)]
     pub post_copy: PostCopyUse,
+    /// What speaks for the source and its order, for the gates of the destination: opaque to the protocol, at most
+    /// [`CREDENTIALS_MAX`] bytes. Empty where nobody asks for any.
+    #[cbor(n(6), with = "minicbor::bytes")]
+    pub credentials: Vec<u8>,
 }
 
 /// Why a destination does not take the VM.
@@ -223,6 +245,10 @@ pub struct Accepted {
     /// Whether post-copy is possible; then one more stream is opened, for pages that the VM waits for.
     #[n(2)]
     pub post_copy: bool,
+    /// What the destination says about itself and the container: opaque to the protocol, at most [`EVIDENCE_MAX`] bytes.
+    /// Empty where it has none.
+    #[cbor(n(3), with = "minicbor::bytes")]
+    pub evidence: Vec<u8>,
 }
 
 impl std::fmt::Debug for Accepted {
@@ -231,6 +257,7 @@ impl std::fmt::Debug for Accepted {
         f.debug_struct("Accepted")
             .field("streams", &self.streams)
             .field("post_copy", &self.post_copy)
+            .field("evidence", &self.evidence)
             .finish_non_exhaustive()
     }
 }
@@ -317,6 +344,18 @@ pub struct Seal {
     pub post_copy: bool,
 }
 
+/// The destination could run the VM.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
+#[cbor(map)]
+pub struct Ready {
+    /// Root over the pages that arrived.
+    #[n(0)]
+    pub root: Root,
+    /// As in [`Accepted`], but made since the source began to pause the VM, and bound to [`Message::Challenge`].
+    #[cbor(n(1), with = "minicbor::bytes")]
+    pub evidence: Vec<u8>,
+}
+
 /// Why a migration ends, in words that cross the wire.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 #[cbor(map)]
@@ -327,6 +366,22 @@ pub struct Reason {
     /// What happened, one lowercase sentence.
     #[n(1)]
     pub message: String,
+}
+
+impl WireBlocker {
+    /// The same with texts that are cut to what a message may have.
+    #[must_use]
+    pub fn cut(mut self) -> Self {
+        let bounded = [
+            (&mut self.code, CODE_MAX),
+            (&mut self.message, TEXT_MAX),
+            (&mut self.remedy, TEXT_MAX),
+        ];
+        for (text, most) in bounded {
+            text.truncate(text.floor_char_boundary(most));
+        }
+        self
+    }
 }
 
 impl Reason {
@@ -459,7 +514,9 @@ impl Message {
         let blockers = |list: &[WireBlocker]| {
             list.len() <= BLOCKERS_MAX
                 && list.iter().all(|b| {
-                    b.code.len() <= 64 && b.message.len() <= 2048 && b.remedy.len() <= 2048
+                    b.code.len() <= CODE_MAX
+                        && b.message.len() <= TEXT_MAX
+                        && b.remedy.len() <= TEXT_MAX
                 })
         };
         match self {
@@ -475,6 +532,7 @@ impl Message {
             }
             Self::Offer(offer) | Self::Check(offer) => {
                 check(offer.descriptor.len() <= DESCRIPTOR_MAX, "descriptor")?;
+                check(offer.credentials.len() <= CREDENTIALS_MAX, "credentials")?;
                 check(
                     (1..=STREAMS_MAX).contains(&offer.streams),
                     "number of streams",
@@ -484,10 +542,14 @@ impl Message {
                     "number of regions",
                 )
             }
-            Self::Accepted(accepted) => check(
-                (1..=STREAMS_MAX).contains(&accepted.streams),
-                "number of streams",
-            ),
+            Self::Accepted(accepted) => {
+                check(accepted.evidence.len() <= EVIDENCE_MAX, "evidence")?;
+                check(
+                    (1..=STREAMS_MAX).contains(&accepted.streams),
+                    "number of streams",
+                )
+            }
+            Self::Ready(ready) => check(ready.evidence.len() <= EVIDENCE_MAX, "evidence"),
             Self::Refused(refused) => check(blockers(&refused.blockers), "list of blockers"),
             Self::CheckReply(list) => check(blockers(list), "list of blockers"),
             Self::Verdict(Verdict::Pulling(rejoin) | Verdict::Receiving(rejoin, _)) => check(
@@ -503,7 +565,7 @@ impl Message {
                 "histogram",
             ),
             Self::Abort(reason) | Self::Discarded(reason) => check(
-                reason.code.len() <= 64 && reason.message.len() <= 2048,
+                reason.code.len() <= CODE_MAX && reason.message.len() <= TEXT_MAX,
                 "reason",
             ),
             _ => Ok(()),
@@ -512,19 +574,20 @@ impl Message {
 }
 
 impl Hello {
-    /// What this code offers.
-    pub fn ours(software: &str) -> Self {
+    /// What this code offers; the challenge has to be fresh.
+    pub fn ours(software: &str, challenge: Challenge32) -> Self {
         Self {
             versions: VERSIONS.to_vec(),
             features: Vec::new(),
             software: software.to_owned(),
+            challenge: Some(challenge),
         }
     }
 }
 
 impl HelloReply {
-    /// Selects the best common version, and of the features those we know: none yet.
-    pub fn to(hello: &Hello, software: &str) -> Self {
+    /// Selects the best common version, and of the features those we know: none yet. The challenge has to be fresh.
+    pub fn to(hello: &Hello, software: &str, challenge: Challenge32) -> Self {
         let version = VERSIONS
             .into_iter()
             .find(|version| hello.versions.contains(version));
@@ -533,6 +596,7 @@ impl HelloReply {
             features: Vec::new(),
             software: software.to_owned(),
             versions: VERSIONS.to_vec(),
+            challenge: Some(challenge),
         }
     }
 }
@@ -550,9 +614,10 @@ mod tests {
             message: "m".to_owned(),
             remedy: "r".to_owned(),
         };
+        let hello = Hello::ours("0.1.0", Challenge32([10; 32]));
         vec![
-            Message::Hello(Hello::ours("0.1.0")),
-            Message::HelloReply(HelloReply::to(&Hello::ours("0.1.0"), "0.1.0")),
+            Message::HelloReply(HelloReply::to(&hello, "0.1.0", Challenge32([11; 32]))),
+            Message::Hello(hello),
             Message::Offer(Offer {
                 order: order(),
                 descriptor: vec![7; 300],
@@ -560,6 +625,7 @@ mod tests {
                 streams: 2,
                 digest_seed: 9,
                 post_copy: PostCopyUse::IfPossible,
+                credentials: vec![6; 500],
             }),
             Message::Refused(Refused {
                 by_gate: true,
@@ -569,6 +635,7 @@ mod tests {
                 streams: 2,
                 stream_secret: StreamSecret([3; 32]),
                 post_copy: true,
+                evidence: vec![1; 20],
             }),
             Message::StreamsReady,
             Message::RoundReceived(7),
@@ -578,7 +645,11 @@ mod tests {
                 device_state_sha256: Sha256([4; 32]),
                 post_copy: true,
             }),
-            Message::Ready(Root([5; 32])),
+            Message::Challenge(Challenge32([12; 32])),
+            Message::Ready(Ready {
+                root: Root([5; 32]),
+                evidence: vec![2; 20],
+            }),
             Message::Commit(Epoch(9)),
             Message::Running(Epoch(9)),
             Message::Erased,
@@ -654,6 +725,7 @@ mod tests {
             streams: 17,
             stream_secret: StreamSecret([0; 32]),
             post_copy: false,
+            evidence: Vec::new(),
         });
         let bytes = many.encode().unwrap();
         assert_eq!(
@@ -663,11 +735,98 @@ mod tests {
     }
 
     #[test]
+    fn credentials_and_evidence_have_bounds() {
+        let ready = |len| {
+            Message::Ready(Ready {
+                root: Root([0; 32]),
+                evidence: vec![1; len],
+            })
+        };
+        let accepted = |len| {
+            Message::Accepted(Accepted {
+                streams: 1,
+                stream_secret: StreamSecret([0; 32]),
+                post_copy: false,
+                evidence: vec![1; len],
+            })
+        };
+        let offered = |len, wrap: fn(Offer) -> Message| {
+            wrap(Offer {
+                order: order(),
+                descriptor: vec![1; DESCRIPTOR_MAX],
+                region_pages: vec![u64::MAX; crate::pages::REGIONS_MAX],
+                streams: 1,
+                digest_seed: u64::MAX,
+                post_copy: PostCopyUse::No,
+                credentials: vec![1; len],
+            })
+        };
+        let (evidence, credentials) = (EVIDENCE_MAX, CREDENTIALS_MAX);
+        for (fits, too_long, what) in [
+            (ready(evidence), ready(evidence + 1), "evidence"),
+            (accepted(evidence), accepted(evidence + 1), "evidence"),
+            (
+                offered(credentials, Message::Offer),
+                offered(credentials + 1, Message::Offer),
+                "credentials",
+            ),
+            (
+                offered(credentials, Message::Check),
+                offered(credentials + 1, Message::Check),
+                "credentials",
+            ),
+        ] {
+            assert_eq!(
+                Message::decode(&fits.encode().unwrap()[4..]).as_ref(),
+                Ok(&fits)
+            );
+            assert_eq!(
+                Message::decode(&too_long.encode().unwrap()[4..]),
+                Err(MessageError::OutOfBounds(what))
+            );
+        }
+    }
+
+    #[test]
+    fn a_greeting_of_another_version_needs_no_challenge() {
+        // What version 4 sends.
+        let bytes = [
+            0x82, 0x00, 0x81, 0xa3, 0x00, 0x81, 0x04, 0x01, 0x80, 0x02, 0x61, b'4',
+        ];
+        let Message::Hello(hello) = Message::decode(&bytes).unwrap() else {
+            panic!()
+        };
+        assert_eq!(
+            (hello.versions.as_slice(), hello.challenge),
+            (&[4][..], None)
+        );
+        let reply = HelloReply::to(&hello, "5", Challenge32([1; 32]));
+        assert_eq!(reply.version, None);
+    }
+
+    #[test]
+    fn a_blocker_is_cut_to_what_a_message_may_have() {
+        let long = WireBlocker {
+            code: "c".repeat(100),
+            message: "\u{fc}".repeat(1025),
+            remedy: "\u{20ac}".repeat(700),
+        };
+        let cut = long.cut();
+        let lens = [cut.code.len(), cut.message.len(), cut.remedy.len()];
+        assert_eq!(lens, [64, 2048, 2046]);
+        let bytes = Message::CheckReply(vec![cut; BLOCKERS_MAX])
+            .encode()
+            .unwrap();
+        assert!(Message::decode(&bytes[4..]).is_ok());
+    }
+
+    #[test]
     fn a_secret_does_not_show_in_debug_output() {
         let accepted = Accepted {
             streams: 1,
             stream_secret: StreamSecret([0xab; 32]),
             post_copy: false,
+            evidence: Vec::new(),
         };
         assert!(!format!("{:?}", Message::Accepted(accepted)).contains("abab"));
     }

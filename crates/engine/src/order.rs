@@ -3,6 +3,7 @@
 use minicbor::{Decode, Encode};
 
 use crate::ids::{Epoch, MigrationId, VmId};
+use crate::message::{Refused, WireBlocker};
 
 /// Longest name of a VM or host, in bytes.
 pub const NAME_MAX: usize = 64;
@@ -55,6 +56,9 @@ pub struct Ledger {
     pub vm_present: bool,
     /// Whether as many migrations arrive already as this host allows.
     pub full: bool,
+    /// What the gates of this host (identity, attestation, authorisation) have against the order and its credentials: all
+    /// of it, each with a code that names the gate.
+    pub refusals: Vec<WireBlocker>,
 }
 
 /// Why an order is refused.
@@ -110,6 +114,32 @@ impl OrderError {
     pub fn is_refusal(&self) -> bool {
         !matches!(self, Self::Present | Self::Full)
     }
+
+    /// What to do about it.
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::Expired => "Compare the clocks of both hosts, then try again.",
+            Self::StaleEpoch { .. } => {
+                "The VM has moved on since: find its newest owner and remove the old copy."
+            }
+            Self::Present => "Stop or rename the VM on the destination.",
+            Self::Full => "Wait until other migrations to that host have ended.",
+            Self::Replayed => "Start a new migration.",
+            Self::OtherDestination(_) | Self::OtherSource(_) | Self::Name => {
+                "Check the names of both hosts and in their certificates."
+            }
+        }
+    }
+}
+
+impl From<OrderError> for WireBlocker {
+    fn from(error: OrderError) -> Self {
+        Self {
+            code: error.code().to_owned(),
+            message: error.to_string(),
+            remedy: error.remedy().to_owned(),
+        }
+    }
 }
 
 /// Whether this is a name a VM or host may have: 1 to 64 of `a-z A-Z 0-9 . _ -`, starting with a letter or
@@ -123,7 +153,24 @@ pub fn is_name(name: &str) -> bool {
 }
 
 impl Order {
-    /// Judges the order as the destination.
+    /// Why the destination does not take an offer under this order: the rule that the order breaks, and all that the gates
+    /// have against it. What this host lacks is told only to whom no gate refuses. None: it may be taken.
+    pub fn refused(&self, ledger: &Ledger) -> Option<Refused> {
+        let broken = self.judge(ledger).err();
+        let by_gate =
+            !ledger.refusals.is_empty() || broken.as_ref().is_some_and(OrderError::is_refusal);
+        let told = broken.filter(|error| !by_gate || error.is_refusal());
+        let blockers: Vec<_> = told
+            .map(WireBlocker::from)
+            .into_iter()
+            .chain(ledger.refusals.iter().cloned())
+            .take(crate::message::BLOCKERS_MAX)
+            .map(WireBlocker::cut)
+            .collect();
+        (!blockers.is_empty()).then_some(Refused { by_gate, blockers })
+    }
+
+    /// Judges the order as the destination. What its gates say is not looked at, see [`Order::refused`].
     ///
     /// # Errors
     ///
@@ -242,6 +289,38 @@ pub(crate) mod tests {
             ..ledger()
         };
         assert_eq!(order().judge(&same), Ok(()));
+    }
+
+    #[test]
+    fn all_that_the_gates_refuse_is_told_and_what_the_host_lacks_is_not() {
+        let blocker = |code: &str| WireBlocker {
+            code: code.to_owned(),
+            message: "m".to_owned(),
+            remedy: "r".to_owned(),
+        };
+        let codes = |ledger: &Ledger| {
+            order().refused(ledger).map(|refused| {
+                let codes = refused.blockers.into_iter().map(|b| b.code);
+                (refused.by_gate, codes.collect::<Vec<_>>())
+            })
+        };
+        let told = |by_gate, codes: &[&str]| {
+            Some((by_gate, codes.iter().map(|&c| c.to_owned()).collect()))
+        };
+        assert_eq!(codes(&ledger()), None);
+        let mut judged = Ledger {
+            full: true,
+            ..ledger()
+        };
+        assert_eq!(codes(&judged), told(false, &["host-full"]));
+        judged.refusals = vec![blocker("policy"), blocker("attestation")];
+        assert_eq!(codes(&judged), told(true, &["policy", "attestation"]));
+        judged.migration_seen = true;
+        let all = ["order-replayed", "policy", "attestation"];
+        assert_eq!(codes(&judged), told(true, &all));
+        judged.refusals = vec![blocker("policy"); 100];
+        let refused = order().refused(&judged).unwrap();
+        assert_eq!(refused.blockers.len(), crate::message::BLOCKERS_MAX);
     }
 
     #[test]

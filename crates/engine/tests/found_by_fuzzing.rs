@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use palanquin_engine::convergence::Limits;
 use palanquin_engine::destination::{DestinationDone, DestinationEnding};
-use palanquin_engine::ids::StreamSecret;
+use palanquin_engine::ids::{Challenge32, StreamSecret};
 use palanquin_engine::message::{Reason, Rejoin, Verdict};
 use palanquin_engine::source::Failure;
 use palanquin_engine::strategy::Strategy;
@@ -40,6 +40,7 @@ fn not_resumed(now: Time) -> Destination {
         stream_secret: StreamSecret([3; 32]),
         streams_max: 2,
         device_state_max: 1 << 20,
+        challenge: Challenge32([3; 32]),
     };
     let mut destination = Destination::recover(now, config, order(), layout());
     let Some(DestinationAction::Activate(op)) = destination.poll_action() else {
@@ -125,6 +126,8 @@ fn an_operator_cannot_say_that_pages_are_needed() {
         timing: Timing::default(),
         software: String::new(),
         layout: Some(layout()),
+        challenge: Challenge32([1; 32]),
+        last_challenge: Challenge32([2; 32]),
     };
     let mut source = Source::recover(now, config, &SourceRecord::Committed(Epoch(5)));
     let rejoin = Rejoin {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use palanquin_engine::convergence::Limits;
 use palanquin_engine::ids::{Sha256, StreamSecret};
-use palanquin_engine::message::{Accepted, Hello, HelloReply, Message, Verdict};
+use palanquin_engine::message::{Accepted, Hello, HelloReply, Message, Ready, Verdict};
 use palanquin_engine::source::{SourceDone, SourcePhase};
 use palanquin_engine::strategy::Strategy;
 use palanquin_engine::time::Timing;
@@ -22,6 +22,8 @@ fn begin() -> Source {
         timing: Timing::default(),
         software: String::new(),
         layout: RamLayout::new(vec![1]).ok(),
+        challenge: common::CHALLENGE,
+        last_challenge: common::LAST_CHALLENGE,
     };
     Source::new(Time::default(), config, offer)
 }
@@ -39,7 +41,8 @@ fn play_until_commit(source: &mut Source) {
                 source.handle_connected(now, attempt);
             }
             SourceAction::Send(Message::Hello(_)) => {
-                let reply = HelloReply::to(&Hello::ours(""), "");
+                let hello = Hello::ours("", common::CHALLENGE);
+                let reply = HelloReply::to(&hello, "", common::THEIR_CHALLENGE);
                 source.handle_message(now, attempt, Message::HelloReply(reply));
             }
             SourceAction::Send(Message::Offer(_)) => {
@@ -47,6 +50,7 @@ fn play_until_commit(source: &mut Source) {
                     streams: 1,
                     stream_secret: StreamSecret([0; 32]),
                     post_copy: false,
+                    evidence: Vec::new(),
                 };
                 source.handle_message(now, attempt, Message::Accepted(accepted));
             }
@@ -67,9 +71,17 @@ fn play_until_commit(source: &mut Source) {
             }
             SourceAction::ComputeRoot(op) => {
                 source.handle_done(now, op, Ok(SourceDone::Root(Root([0; 32]))));
-                source.handle_message(now, attempt, Message::Ready(Root([0; 32])));
+                let ready = Ready {
+                    root: Root([0; 32]),
+                    evidence: Vec::new(),
+                };
+                source.handle_message(now, attempt, Message::Ready(ready));
+            }
+            SourceAction::Vouch { op, .. } => {
+                source.handle_done(now, op, Ok(SourceDone::Vouched(Vec::new())));
             }
             SourceAction::SendPages { op, .. }
+            | SourceAction::Judge { op, .. }
             | SourceAction::Journal(op, _)
             | SourceAction::StartTracking(op)
             | SourceAction::Pause(op) => done(source, op),

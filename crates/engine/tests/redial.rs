@@ -29,6 +29,8 @@ struct Play {
     arrived: PageSet,
     answers: bool,
     resumed: bool,
+    judgements: u32,
+    challenges: u32,
 }
 
 fn layout() -> RamLayout {
@@ -52,6 +54,8 @@ impl Play {
             timing: Timing::default(),
             software: String::new(),
             layout: Some(layout()),
+            challenge: common::CHALLENGE,
+            last_challenge: common::LAST_CHALLENGE,
         };
         let now = Time::default();
         let mut play = Self {
@@ -63,6 +67,8 @@ impl Play {
             arrived: pages(0..0),
             answers: true,
             resumed: false,
+            judgements: 0,
+            challenges: 0,
         };
         play.pump();
         let given = play.given.take().expect("a round");
@@ -84,7 +90,8 @@ impl Play {
                     }
                 }
                 SourceAction::Send(Message::Hello(_)) => {
-                    let reply = HelloReply::to(&Hello::ours(""), "");
+                    let hello = Hello::ours("", common::CHALLENGE);
+                    let reply = HelloReply::to(&hello, "", common::THEIR_CHALLENGE);
                     source.handle_message(now, attempt, Message::HelloReply(reply));
                 }
                 SourceAction::Send(Message::Offer(_)) => {
@@ -92,6 +99,7 @@ impl Play {
                         streams: 1,
                         stream_secret: StreamSecret([0; 32]),
                         post_copy: false,
+                        evidence: Vec::new(),
                     };
                     source.handle_message(now, attempt, Message::Accepted(accepted));
                 }
@@ -103,6 +111,14 @@ impl Play {
                     let verdict = Verdict::Receiving(rejoin, self.whole);
                     source.handle_message(now, attempt, Message::Verdict(verdict));
                 }
+                SourceAction::Vouch { op, .. } => {
+                    source.handle_done(now, op, Ok(SourceDone::Vouched(Vec::new())));
+                }
+                SourceAction::Judge { op, .. } => {
+                    self.judgements += 1;
+                    source.handle_done(now, op, Ok(SourceDone::Done));
+                }
+                SourceAction::Send(Message::Challenge(_)) => self.challenges += 1,
                 SourceAction::OpenStreams { op, secret, .. } => {
                     source.handle_done(now, op, Ok(SourceDone::Done));
                     source.handle_message(now, attempt, Message::StreamsReady);
@@ -184,6 +200,8 @@ fn a_round_whose_acknowledgement_was_lost_is_not_sent_again() {
     let (_, sent, then) = play.given.take().expect("the last pages");
     assert_eq!((sent.len(), then), (0, RoundMark::Drained));
     assert_eq!(play.source.phase(), SourcePhase::Switchover);
+    // Who the destination is was judged when it had the container; what it is now is asked when the pause begins.
+    assert_eq!((play.judgements, play.challenges), (1, 1));
 }
 
 #[test]

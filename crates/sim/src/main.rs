@@ -56,9 +56,9 @@ fn main() -> ExitCode {
     let [completed, turned_back, taken_back, killed, lied] = tally.outcomes;
     println!(
         "{} seeds at {rate:.0} a second: {completed} completed, {turned_back} turned back, {taken_back} taken back \
-         after the commit, {killed} killed by the simulation, {lied} with a host that lies; {} in doubt on the way, \
-         connected again {} times, {} agents crashed, somebody on the path noticed {} times",
-        arguments.seeds, tally.doubted, tally.rejoined, tally.crashes, tally.noticed
+         after the commit, {killed} killed by the simulation, {lied} with a host that lies; {} in doubt on the way, {} \
+         refused by a gate, connected again {} times, {} agents crashed, somebody on the path noticed {} times",
+        arguments.seeds, tally.doubted, tally.refused, tally.rejoined, tally.crashes, tally.noticed
     );
     ExitCode::SUCCESS
 }
@@ -70,6 +70,7 @@ struct Tally {
     doubted: u64,
     crashes: u64,
     noticed: u64,
+    refused: u64,
     rejoined: u64,
 }
 
@@ -81,6 +82,7 @@ impl Tally {
         self.doubted += u64::from(report.doubted);
         self.crashes += u64::from(report.crashes);
         self.noticed += u64::from(report.noticed);
+        self.refused += u64::from(report.refused);
         self.rejoined += u64::from(report.rejoined);
     }
 
@@ -91,6 +93,7 @@ impl Tally {
         self.doubted += other.doubted;
         self.crashes += other.crashes;
         self.noticed += other.noticed;
+        self.refused += other.refused;
         self.rejoined += other.rejoined;
     }
 }

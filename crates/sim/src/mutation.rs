@@ -51,10 +51,16 @@ pub enum Mutation {
     ClaimMissingReceived,
     /// What comes late on the streams of a connection that broke still counts.
     OldStreamsAccepted,
+    /// Streams are opened to a destination whatever it says about itself.
+    OpenUnjudged,
+    /// The VM is given to a destination whatever it says about itself when the VM stands still.
+    CommitUnjudged,
+    /// The destination takes an order that its gates refuse.
+    ReserveInSpiteOfGates,
 }
 
 /// All of them.
-pub const ALL: [Mutation; 24] = [
+pub const ALL: [Mutation; 27] = [
     Mutation::ResumeOnLostConnection,
     Mutation::CommitBeforeDurable,
     Mutation::RunBeforeOwnedIsDurable,
@@ -79,4 +85,7 @@ pub const ALL: [Mutation; 24] = [
     Mutation::LoseWhatNeverRan,
     Mutation::ClaimMissingReceived,
     Mutation::OldStreamsAccepted,
+    Mutation::OpenUnjudged,
+    Mutation::CommitUnjudged,
+    Mutation::ReserveInSpiteOfGates,
 ];

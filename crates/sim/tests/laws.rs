@@ -7,7 +7,7 @@ use palanquin_sim::{Outcome, simulate};
 #[test]
 fn one_owner_over_three_thousand_seeds() {
     let mut outcomes = Vec::new();
-    let (mut doubted, mut noticed, mut rejoined) = (0, 0, 0);
+    let (mut doubted, mut noticed, mut rejoined, mut refused) = (0, 0, 0, 0);
     for seed in 0..3000 {
         match simulate(seed, None, false) {
             Ok(report) => {
@@ -15,6 +15,7 @@ fn one_owner_over_three_thousand_seeds() {
                 doubted += u32::from(report.doubted);
                 noticed += report.noticed;
                 rejoined += report.rejoined;
+                refused += u32::from(report.refused);
             }
             Err(law) => panic!("{law}\nreplay with: cargo run -p palanquin-sim -- --seed {seed}"),
         }
@@ -31,6 +32,7 @@ fn one_owner_over_three_thousand_seeds() {
     assert!(doubted > 0, "no seed was ever in doubt");
     assert!(noticed > 0, "nobody on the path was ever noticed");
     assert!(rejoined > 0, "no connection was ever made again");
+    assert!(refused > 0, "no gate ever refused");
 }
 
 #[test]

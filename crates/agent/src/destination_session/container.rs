@@ -371,6 +371,7 @@ mod tests {
             streams: 1,
             digest_seed: 0,
             post_copy: PostCopyUse::No,
+            credentials: Vec::new(),
         };
         let blockers = vec![descriptor_of(&offer).unwrap_err()];
         let refused = Message::Refused(Refused {

@@ -1,9 +1,8 @@
 //! What goes into a destination and what comes out of it.
 
-use crate::ids::{Root, StreamSecret};
+use crate::ids::{Challenge32, Root, StreamSecret};
 use crate::journal::DestinationRecord;
 use crate::message::{Complete, Message, Offer, Reason, Seal, WireBlocker};
-use crate::order::Order;
 use crate::pages::RamLayout;
 pub use crate::source::Op;
 use crate::time::Timing;
@@ -21,6 +20,8 @@ pub struct DestinationConfig {
     pub streams_max: u16,
     /// Largest device state accepted, in bytes.
     pub device_state_max: u64,
+    /// Fresh random bytes that the evidence in the source's credentials has to be bound to.
+    pub challenge: Challenge32,
 }
 
 /// What the driver has to do. Actions that concern the container are executed one at a time and in order; so
@@ -29,11 +30,13 @@ pub struct DestinationConfig {
 pub enum DestinationAction {
     /// Send on the connection.
     Send(Message),
-    /// Look up what is known about this order; answer with [`Destination::handle_ledger`](super::Destination::handle_ledger).
-    ConsultLedger(Order),
+    /// Look up what is known about the order of this offer, and let the gates judge it with its credentials; answer with
+    /// [`Destination::handle_ledger`](super::Destination::handle_ledger).
+    ConsultLedger(Box<Offer>),
     /// Make durable, then report.
     Journal(Op, DestinationRecord),
-    /// Start an empty container, then report.
+    /// Start an empty container, then report it with evidence that is bound to
+    /// [`Destination::challenge`](super::Destination::challenge).
     Reserve(Op, Offer),
     /// Accept this many data streams that prove knowledge of the secret, report when all are open, and from
     /// then on apply what they bring, and nothing of earlier streams any more.
@@ -60,6 +63,14 @@ pub enum DestinationAction {
     },
     /// All of the device state was sent: this is its length and digest.
     SealDeviceState(Seal),
+    /// The source begins to pause the VM: make evidence anew, bound to this, then report [`DestinationDone::Attested`].
+    /// Everything else goes on meanwhile; the VM stands still until all of it has ended.
+    Attest {
+        /// To report with.
+        op: Op,
+        /// Of the source.
+        challenge: Challenge32,
+    },
     /// Compute the root over the digests of what arrived until the end of the last round, then report.
     ComputeRoot(Op),
     /// Tell the source on the connection which pages have arrived since the last whole round. Nothing of earlier streams
@@ -89,7 +100,12 @@ pub enum DestinationDone {
     Reserved {
         /// Whether it can run before all of its pages are there.
         post_copy: bool,
+        /// What this host says about itself and the container, at most [`EVIDENCE_MAX`](crate::message::EVIDENCE_MAX) bytes;
+        /// empty where it has none.
+        evidence: Vec<u8>,
     },
+    /// The same made anew, see [`DestinationAction::Attest`].
+    Attested(Vec<u8>),
     /// The container can't be had, for these reasons.
     Blocked(Vec<WireBlocker>),
     /// The container's hypervisor ended before anybody told it to let the VM run; never after a restart of the agent,

@@ -9,12 +9,16 @@
 //! Receiving ⇄ AwaitRejoin, Reopening, until the VM is paused
 //! ```
 //!
+//! `Consulting` waits for the ledger and the gates; nothing is recorded before. `Receiving` and `Loading` make evidence anew
+//! beside all else, once the source begins to pause the VM.
+//!
 //! A connection that is lost while pages arrive may be made again by the source for a while. One that is lost later, left
 //! of `Owning`, discards; the container never ran. A source that had committed learns
 //! that from the durable record.
 
 mod action;
 mod rejoin;
+mod showing;
 mod state;
 mod steps;
 
@@ -24,13 +28,13 @@ use std::time::Duration;
 pub use self::action::{
     DestinationAction, DestinationConfig, DestinationDone, DestinationEnding, DestinationPhase, Op,
 };
-use self::state::{Load, State};
-use crate::ids::{Epoch, Root, StreamSecret};
+use self::state::{Attest, Load, State};
+use crate::ids::{Challenge32, Epoch, Root, StreamSecret};
 use crate::journal::DestinationRecord;
 use crate::message::{
     Accepted, Complete, HelloReply, Message, Reason, Refused, Rejoin, Verdict, WireBlocker,
 };
-use crate::order::{Ledger, Order};
+use crate::order::Order;
 use crate::pages::RamLayout;
 use crate::source::Failure;
 use crate::time::{Liveness, Pulse, Time};
@@ -69,6 +73,8 @@ pub struct Destination {
     pages_lost: bool,
     /// Whether a record of ownership was written, or tried to be.
     may_be_owned: bool,
+    /// Of the source, from its greeting.
+    challenge: Option<Challenge32>,
 }
 
 impl Destination {
@@ -99,6 +105,7 @@ impl Destination {
             resume_at: None,
             pages_lost: false,
             may_be_owned: false,
+            challenge: None,
         }
     }
 
@@ -238,6 +245,11 @@ impl Destination {
                     let what = "the source did not open its streams in time";
                     self.handle_connection_lost(now, Reason::new("timeout", what));
                 }
+                State::Consulting(_) => self.not_judged(now),
+                State::Receiving { .. } | State::Loading { .. } => {
+                    let what = "the evidence of the destination was not ready in time";
+                    self.discard(now, Reason::new("timeout", what));
+                }
                 _ => self.discard(now, Reason::new("timeout", "the source took too long")),
             }
         }
@@ -343,18 +355,23 @@ impl Destination {
         match (&mut self.state, message) {
             (_, Message::Ping) => {}
             (State::Greeting, Message::Hello(hello)) => {
-                let reply = HelloReply::to(&hello, &self.config.software);
+                let reply = HelloReply::to(&hello, &self.config.software, self.config.challenge);
                 let common = reply.version.is_some();
+                self.challenge = hello.challenge;
                 self.state = State::AwaitOffer;
-                self.deadline = Some(now + self.config.timing.handshake);
+                // With the time in which the source makes its credentials.
+                self.deadline = Some(now + self.config.timing.handshake * 2);
                 self.send(now, Message::HelloReply(reply));
                 if !common {
                     let what = "no common version of the protocol";
                     self.finish_refused(Reason::new("protocol-version", what));
+                } else if hello.challenge.is_none() {
+                    let what = "the source greeted without a challenge";
+                    self.discard(now, Reason::new("peer-misbehaved", what));
                 }
             }
             (State::AwaitOffer, Message::Offer(offer)) => {
-                self.deadline = None;
+                self.deadline = Some(now + self.config.timing.handshake);
                 self.order = Some(offer.order.clone());
                 match RamLayout::new(offer.region_pages.clone()) {
                     Ok(layout) => self.layout = Some(layout),
@@ -365,19 +382,32 @@ impl Destination {
                             remedy: "Report this: the source offered a VM that cannot exist."
                                 .to_owned(),
                         };
-                        return self.refuse(now, true, vec![blocker]);
+                        let refused = Refused {
+                            by_gate: true,
+                            blockers: vec![blocker],
+                        };
+                        return self.refuse(now, refused);
                     }
                 }
                 self.streams = offer.streams.min(self.config.streams_max).max(1);
+                let offer = Box::new(offer);
                 self.actions
-                    .push_back(DestinationAction::ConsultLedger(offer.order.clone()));
-                self.state = State::Consulting(Box::new(offer));
+                    .push_back(DestinationAction::ConsultLedger(offer.clone()));
+                self.state = State::Consulting(offer);
             }
+            (
+                State::Receiving {
+                    attest: Attest::NotYet,
+                    ..
+                },
+                Message::Challenge(challenge),
+            ) => self.challenged(now, challenge),
             (
                 State::Receiving {
                     seal,
                     last,
                     drained,
+                    attest: Attest::Attesting(_) | Attest::Attested(_),
                     ..
                 },
                 Message::Seal(sealed),
@@ -430,30 +460,6 @@ impl Destination {
                 self.discard(now, Reason::new("peer-misbehaved", what));
             }
             _ => {}
-        }
-    }
-
-    /// What is known about the order.
-    pub fn handle_ledger(&mut self, now: Time, ledger: &Ledger) {
-        if !matches!(self.state, State::Consulting(_)) {
-            return;
-        }
-        let State::Consulting(offer) = std::mem::replace(&mut self.state, State::AwaitOffer) else {
-            return;
-        };
-        match offer.order.judge(ledger) {
-            Ok(()) => {
-                let op = self.journal(DestinationRecord::Reserved(offer.order.clone()));
-                self.state = State::Recording { op, offer };
-            }
-            Err(error) => {
-                let blocker = WireBlocker {
-                    code: error.code().to_owned(),
-                    message: error.to_string(),
-                    remedy: remedy(error.code()).to_owned(),
-                };
-                self.refuse(now, error.is_refusal(), vec![blocker]);
-            }
         }
     }
 
@@ -593,9 +599,16 @@ impl Destination {
                 self.actions
                     .push_back(DestinationAction::Reserve(op, offer));
             }
-            (State::Reserving { op: expected }, DestinationDone::Reserved { post_copy })
-                if *expected == op =>
-            {
+            (
+                State::Reserving { op: expected },
+                DestinationDone::Reserved {
+                    post_copy,
+                    evidence,
+                },
+            ) if *expected == op => {
+                if self.is_too_long(now, &evidence) {
+                    return;
+                }
                 let Some(layout) = self.layout.clone() else {
                     return;
                 };
@@ -603,7 +616,8 @@ impl Destination {
                 let (op, streams) = (self.op(), self.streams);
                 let stream_secret = self.config.stream_secret;
                 self.state = State::OpeningStreams { op };
-                self.deadline = Some(now + self.config.timing.handshake);
+                // With the time in which the source judges.
+                self.deadline = Some(now + self.config.timing.handshake * 2);
                 self.actions.push_back(DestinationAction::ExpectStreams {
                     op,
                     streams,
@@ -617,13 +631,15 @@ impl Destination {
                         streams,
                         stream_secret,
                         post_copy,
+                        evidence,
                     }),
                 );
             }
-            (State::Reserving { op: expected }, DestinationDone::Blocked(mut blockers))
+            (State::Reserving { op: expected }, DestinationDone::Blocked(blockers))
                 if *expected == op =>
             {
-                blockers.truncate(crate::message::BLOCKERS_MAX);
+                let told = blockers.into_iter().take(crate::message::BLOCKERS_MAX);
+                let blockers: Vec<_> = told.map(WireBlocker::cut).collect();
                 self.send(
                     now,
                     Message::Refused(Refused {
@@ -650,6 +666,10 @@ impl Destination {
                 *load = Load::Loaded;
                 self.ready(now);
             }
+            (
+                State::Receiving { attest, .. } | State::Loading { attest, .. },
+                DestinationDone::Attested(evidence),
+            ) if *attest == Attest::Attesting(op) => self.attested(now, evidence),
             (State::Loading { root_op, root, .. }, DestinationDone::Root(computed))
                 if *root_op == op =>
             {
@@ -805,19 +825,5 @@ impl Destination {
             _ if concerns_us => self.discard(now, failure.reason),
             _ => {}
         }
-    }
-}
-
-/// What to do about an order that was refused with this code.
-pub fn remedy(code: &str) -> &'static str {
-    match code {
-        "order-expired" => "Compare the clocks of both hosts, then try again.",
-        "order-stale-epoch" => {
-            "The VM has moved on since: find its newest owner and remove the old copy."
-        }
-        "vm-present" => "Stop or rename the VM on the destination.",
-        "host-full" => "Wait until other migrations to that host have ended.",
-        "order-replayed" => "Start a new migration.",
-        _ => "Check the names of both hosts and in their certificates.",
     }
 }

@@ -1,6 +1,6 @@
 //! The connection broke while pages arrived: they are kept for a while, and only the source that sends them may go on.
 
-use super::{Destination, DestinationAction, Load, State};
+use super::{Attest, Destination, DestinationAction, Load, State};
 use crate::ids::StreamSecret;
 use crate::message::{Message, Reason, Rejoin, Verdict};
 use crate::time::{Liveness, Time};
@@ -14,6 +14,8 @@ impl Destination {
                 drained: None,
                 // What a container has loaded it cannot forget.
                 load: Load::NotYet,
+                // Its source is about to pause the VM.
+                attest: Attest::NotYet,
                 seal: None,
                 ..
             } | State::AwaitRejoin { .. }
@@ -78,6 +80,7 @@ impl Destination {
         self.state = State::Receiving {
             drained: None,
             load: Load::NotYet,
+            attest: Attest::NotYet,
             last: None,
             seal: None,
         };

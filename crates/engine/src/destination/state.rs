@@ -13,6 +13,15 @@ pub(super) enum Load {
     Loaded,
 }
 
+/// How far the evidence is that the source asks for when it begins to pause the VM.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Attest {
+    /// It has not asked.
+    NotYet,
+    Attesting(Op),
+    Attested(Vec<u8>),
+}
+
 #[derive(Clone, Debug, Hash)]
 pub(super) enum State {
     Greeting,
@@ -33,6 +42,7 @@ pub(super) enum State {
         /// Once the VM is paused at the source: whether it runs here before its last pages are here.
         drained: Option<bool>,
         load: Load,
+        attest: Attest,
         last: Option<u32>,
         seal: Option<Seal>,
     },
@@ -48,6 +58,7 @@ pub(super) enum State {
     },
     Loading {
         load: Load,
+        attest: Attest,
         root_op: Op,
         root: Option<Root>,
     },

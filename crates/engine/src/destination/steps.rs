@@ -2,9 +2,9 @@
 
 use std::hash::{Hash, Hasher};
 
-use super::{Destination, DestinationAction, DestinationEnding, Load, Op, State};
+use super::{Attest, Destination, DestinationAction, DestinationEnding, Load, Op, State};
 use crate::journal::DestinationRecord;
-use crate::message::{Message, Reason, Refused, WireBlocker};
+use crate::message::{Message, Ready, Reason, Refused};
 use crate::time::Time;
 
 impl Destination {
@@ -34,12 +34,13 @@ impl Destination {
             resume_at,
             pages_lost,
             may_be_owned,
+            challenge,
         } = self;
         debug_assert!(actions.is_empty(), "actions decide too");
         (state, next_op, order, layout, streams, rounds).hash(hasher);
         (live, deadline, refused_in_words, container_gone, root).hash(hasher);
         (post_copy_ready, post_copy, complete).hash(hasher);
-        (resuming, resume_at, pages_lost, may_be_owned).hash(hasher);
+        (resuming, resume_at, pages_lost, may_be_owned, challenge).hash(hasher);
     }
 
     pub(super) fn resume_again(&mut self) {
@@ -77,12 +78,15 @@ impl Destination {
 
     /// Everything has arrived; the device state may still be loading.
     pub(super) fn arrived(&mut self) {
-        let State::Receiving { load, .. } = self.state else {
+        let State::Receiving { load, attest, .. } = &mut self.state else {
             return;
         };
+        let load = *load;
+        let attest = std::mem::replace(attest, Attest::NotYet);
         let root_op = self.op();
         self.state = State::Loading {
             load,
+            attest,
             root_op,
             root: None,
         };
@@ -93,15 +97,20 @@ impl Destination {
     pub(super) fn ready(&mut self, now: Time) {
         let State::Loading {
             load: Load::Loaded,
+            attest: Attest::Attested(evidence),
             root: Some(root),
             ..
-        } = self.state
+        } = &mut self.state
         else {
             return;
         };
-        self.root = Some(root);
+        let ready = Ready {
+            root: *root,
+            evidence: std::mem::take(evidence),
+        };
+        self.root = Some(ready.root);
         self.state = State::AwaitCommit;
-        self.send(now, Message::Ready(root));
+        self.send(now, Message::Ready(ready));
     }
 
     pub(super) fn activated(&mut self, now: Time) {
@@ -117,12 +126,12 @@ impl Destination {
         }
     }
 
-    pub(super) fn refuse(&mut self, now: Time, by_gate: bool, blockers: Vec<WireBlocker>) {
-        let reason = blockers.first().map_or_else(
+    pub(super) fn refuse(&mut self, now: Time, refused: Refused) {
+        let reason = refused.blockers.first().map_or_else(
             || Reason::new("refused", "refused"),
             |blocker| Reason::new(&blocker.code, blocker.message.clone()),
         );
-        self.send(now, Message::Refused(Refused { by_gate, blockers }));
+        self.send(now, Message::Refused(refused));
         self.finish_refused(reason);
     }
 
@@ -197,8 +206,15 @@ impl Destination {
             State::Recording { op: expected, .. }
             | State::Reserving { op: expected }
             | State::OpeningStreams { op: expected } => *expected == op,
-            State::Receiving { load, .. } => *load == Load::Loading(op),
-            State::Loading { load, root_op, .. } => *load == Load::Loading(op) || *root_op == op,
+            State::Receiving { load, attest, .. } => {
+                *load == Load::Loading(op) || *attest == Attest::Attesting(op)
+            }
+            State::Loading {
+                load,
+                attest,
+                root_op,
+                ..
+            } => *load == Load::Loading(op) || *attest == Attest::Attesting(op) || *root_op == op,
             _ => false,
         }
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::convergence::Limits;
-use crate::ids::{Root, Sha256, StreamSecret};
+use crate::ids::{Challenge32, Root, Sha256, StreamSecret};
 use crate::journal::SourceRecord;
 use crate::message::{Message, Reason, WireBlocker};
 use crate::order::Order;
@@ -30,6 +30,10 @@ pub struct SourceConfig {
     pub software: String,
     /// Layout of the VM's RAM; absent where its hypervisor is gone.
     pub layout: Option<RamLayout>,
+    /// Fresh random bytes that the destination's first evidence has to be bound to.
+    pub challenge: Challenge32,
+    /// Others, for the evidence that it makes when the VM is being paused.
+    pub last_challenge: Challenge32,
 }
 
 /// What the driver has to do. Actions that concern the VM (`Pause`, `SaveDeviceState`, `Resume`, `Erase`) are
@@ -49,6 +53,27 @@ pub enum SourceAction {
     Disconnect,
     /// Make durable, then report.
     Journal(Op, SourceRecord),
+    /// Make what speaks for this host and its order at the destination (evidence in it bound to the challenge), then report
+    /// [`SourceDone::Vouched`].
+    Vouch {
+        /// To report with.
+        op: Op,
+        /// Of the destination.
+        challenge: Challenge32,
+    },
+    /// Judge the destination by its evidence, which may be empty, then report. A failure refuses: the VM stays here, and the
+    /// failure's reason is why.
+    Judge {
+        /// To report with.
+        op: Op,
+        /// What it has to be bound to: [`SourceConfig::challenge`], or at last [`SourceConfig::last_challenge`].
+        challenge: Challenge32,
+        /// What the destination says about itself, as opaque as it came, at most
+        /// [`EVIDENCE_MAX`](crate::message::EVIDENCE_MAX) bytes.
+        evidence: Vec<u8>,
+        /// False: before anything is sent. True: before the commit, while the VM stands still.
+        last: bool,
+    },
     /// Open the data streams, then report. Nothing that is sent on them may refer to what was sent on others before.
     OpenStreams {
         /// To report with.
@@ -144,8 +169,10 @@ pub enum RoundMark {
 /// How an action ended well.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum SourceDone {
-    /// Journal, streams, tracking, pages, pause, resume, erase: just done.
+    /// Journal, judgement, streams, tracking, pages, pause, resume, erase: just done.
     Done,
+    /// The credentials asked for, at most [`CREDENTIALS_MAX`](crate::message::CREDENTIALS_MAX) bytes.
+    Vouched(Vec<u8>),
     /// The VM is paused, for so long already. [`Self::Done`] means: perhaps since it was asked for.
     Paused(Duration),
     /// The pages asked for.

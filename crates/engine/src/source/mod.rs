@@ -1,7 +1,7 @@
 //! The source: owns the VM until its commit record is durable.
 //!
 //! ```text
-//! Ordering ─▶ Connecting ─▶ Greeting ─▶ Offering ─▶ OpeningStreams ─▶ Arming
+//! Ordering ─▶ Connecting ─▶ Greeting ─▶ Vouching ─▶ Offering ─▶ Judging ─▶ OpeningStreams ─▶ Arming
 //!    ─▶ Collecting ⇄ Sending | Calm ─▶ Pausing ─▶ Draining ─▶ AwaitReady
 //!    ─▶ Committing ═▶ AwaitRunning ─▶ Releasing ─▶ Erasing ─▶ Closing ─▶ Ended
 //!                          │  ▲
@@ -15,9 +15,11 @@
 //! any state left of ═▶ :  Resuming ─▶ RecordingAbort ─▶ Ended(running on the source)
 //! ```
 //!
-//! Left of `═▶` the VM may be resumed at any time; right of it only the destination's durable answer decides.
+//! Left of `═▶` the VM may be resumed at any time; right of it only the destination's durable answer decides. Left of
+//! `OpeningStreams` nothing of the VM has left; `AwaitReady` waits for equal roots and for the second judgement.
 
 mod action;
+mod judging;
 mod post_copy;
 mod present;
 mod redial;
@@ -32,6 +34,7 @@ pub use self::action::{
     AbortDisposition, Ending, Failure, Op, RoundMark, SourceAction, SourceConfig, SourceDone,
     SourcePhase,
 };
+use self::judging::LastJudgement;
 use self::post_copy::PostCopy;
 use self::state::{
     AfterResume, Doubt, Draining, DrainingPages, Interrupted, Link, Redialling, Sending,
@@ -39,11 +42,11 @@ use self::state::{
 };
 use crate::ids::{Epoch, Root};
 use crate::journal::{SourceRecord, SourceRecovery};
-use crate::message::{Hello, Message, Offer, Query, Reason, VERSIONS, Verdict, WireBlocker};
+use crate::message::{Hello, Message, Offer, Query, Reason, Verdict, WireBlocker};
 use crate::order::Order;
 use crate::pages::{PageSet, RamLayout};
 use crate::progress::{Progress, SentCounters};
-use crate::strategy::{PostCopyUse, Scheduler};
+use crate::strategy::Scheduler;
 use crate::time::{Liveness, Pulse, Time};
 
 /// Most attempts to resume a VM that stays paused.
@@ -96,6 +99,8 @@ pub struct Source {
     arrived_before: (u32, u64),
     /// The migration ended here, and the destination may wait for its source.
     untold: bool,
+    /// A gate refused.
+    refused: bool,
 }
 
 /// Pages sent at least once, to count what is sent again.
@@ -159,6 +164,7 @@ impl Source {
             stalled: 0,
             arrived_before: (0, 0),
             untold: false,
+            refused: false,
             config,
             offer,
             state: State::Ended,
@@ -232,8 +238,12 @@ impl Source {
     /// Where it is.
     pub fn phase(&self) -> SourcePhase {
         match self.state {
-            State::Ordering(_) | State::Connecting | State::Greeting => SourcePhase::Preparing,
-            State::Offering | State::OpeningStreams { .. } => SourcePhase::Reserving,
+            State::Ordering(_) | State::Connecting | State::Greeting | State::Vouching(_) => {
+                SourcePhase::Preparing
+            }
+            State::Offering | State::Judging { .. } | State::OpeningStreams { .. } => {
+                SourcePhase::Reserving
+            }
             State::Arming(_)
             | State::Collecting(_)
             | State::Sending(_)
@@ -329,6 +339,8 @@ impl Source {
                 let what = match self.state {
                     State::Connecting => "the destination could not be reached in time",
                     State::Greeting => "the destination's agent did not answer the greeting",
+                    State::Vouching(_) => "the credentials of this host were not ready in time",
+                    State::Judging { .. } => "the destination was not judged in time",
                     State::Offering => "the destination did not answer the offer in time",
                     State::OpeningStreams { .. } => "the data streams did not open in time",
                     _ => "the switchover took too long",
@@ -394,7 +406,8 @@ impl Source {
         if attempt != self.attempt {
             return;
         }
-        let hello = Message::Hello(Hello::ours(&self.config.software));
+        let hello = Hello::ours(&self.config.software, self.config.challenge);
+        let hello = Message::Hello(hello);
         match self.state {
             State::Connecting => self.state = State::Greeting,
             State::InDoubt(Doubt::Dialling) => self.state = State::InDoubt(Doubt::Greeting),
@@ -453,72 +466,9 @@ impl Source {
         match (&mut self.state, message) {
             (_, Message::Ping) | (State::Ended, _) => {}
             (State::Redialling(_), message) => self.told_while_redialling(now, message),
-            (State::Greeting, Message::HelloReply(reply)) => {
-                if !reply
-                    .version
-                    .is_some_and(|version| VERSIONS.contains(&version))
-                {
-                    let reason = Reason::new(
-                        "protocol-version",
-                        format!(
-                            "no common version of the protocol: the destination (palanquin {}) speaks \
-                             {:?}, this host {VERSIONS:?}",
-                            reply.software, reply.versions
-                        ),
-                    );
-                    return self.abort(now, reason);
-                }
-                let Some(offer) = self.offer.clone() else {
-                    return;
-                };
-                self.state = State::Offering;
-                self.deadline = Some(now + self.config.timing.reservation);
-                self.send(now, Message::Offer(offer));
-            }
-            (State::Offering, Message::Refused(refused)) => {
-                let code = if refused.by_gate {
-                    "refused"
-                } else {
-                    "blocked"
-                };
-                self.blockers = refused.blockers;
-                let reason = Reason::new(code, "the destination does not take the VM");
-                self.abort(now, reason);
-            }
-            (State::Offering, Message::Accepted(accepted)) => {
-                let most = self.offer.as_ref().map_or(0, |offer| offer.streams);
-                if accepted.streams > most {
-                    return self.misbehaved(now, "it accepted more streams than were offered");
-                }
-                let wanted = self.scheduler.post_copy_use();
-                if accepted.post_copy && wanted == PostCopyUse::No {
-                    return self.misbehaved(now, "it accepted post-copy, which was not offered");
-                }
-                if !accepted.post_copy && wanted == PostCopyUse::Required {
-                    return self
-                        .misbehaved(now, "it accepted without post-copy, which was required");
-                }
-                self.scheduler.post_copy_ready(accepted.post_copy);
-                if !accepted.post_copy && wanted == PostCopyUse::IfPossible {
-                    self.note(
-                        "the destination cannot run the VM before all of its pages are there",
-                    );
-                }
-                let op = self.op();
-                self.streams = Some((accepted.streams, accepted.post_copy));
-                self.state = State::OpeningStreams {
-                    op,
-                    opened: false,
-                    ready: false,
-                };
-                self.deadline = Some(now + self.config.timing.handshake);
-                self.actions.push_back(SourceAction::OpenStreams {
-                    op,
-                    streams: accepted.streams,
-                    urgent: accepted.post_copy,
-                    secret: accepted.stream_secret,
-                });
-            }
+            (State::Greeting, Message::HelloReply(reply)) => self.greeted(now, &reply),
+            (State::Offering, Message::Refused(refused)) => self.refused_there(now, refused),
+            (State::Offering, Message::Accepted(accepted)) => self.accepted(now, accepted),
             (State::OpeningStreams { ready, opened, .. }, Message::StreamsReady) => {
                 *ready = true;
                 if *opened {
@@ -548,11 +498,8 @@ impl Source {
                     self.collect(false);
                 }
             }
-            (State::AwaitReady { theirs, .. }, Message::Ready(root)) if theirs.is_none() => {
-                *theirs = Some(root);
-                self.progress.downtime.device_state = now - self.mark;
-                self.mark = now;
-                self.compare(now);
+            (State::AwaitReady { theirs: None, .. }, Message::Ready(ready)) => {
+                self.ready_there(now, ready);
             }
             (State::AwaitRunning, Message::Running(epoch))
                 if self.post_copy.is_some() && epoch == self.config.order.epoch.next() =>
@@ -642,6 +589,18 @@ impl Source {
                 self.actions.push_back(SourceAction::Connect {
                     attempt: self.attempt,
                 });
+            }
+            (State::Vouching(expected), SourceDone::Vouched(credentials)) if *expected == op => {
+                self.vouched(now, credentials);
+            }
+            (State::Judging { op: expected, .. }, SourceDone::Done) if *expected == op => {
+                self.trusted(now);
+            }
+            (State::AwaitReady { judged, .. }, SourceDone::Done)
+                if *judged == LastJudgement::Judging(op) =>
+            {
+                *judged = LastJudgement::Passed;
+                self.compare(now);
             }
             (
                 State::OpeningStreams {
@@ -773,6 +732,7 @@ impl Source {
     fn failed(&mut self, now: Time, op: Op, failure: Failure) {
         let concerns_us = self.may_turn_back() && self.is_current(op);
         let is_post_copy = self.is_post_copy(op);
+        self.refused |= self.judges(op);
         self.vm_gone |= failure.vm_gone;
         match &mut self.state {
             State::Committing(expected) if *expected == op => {

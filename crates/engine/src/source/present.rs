@@ -47,6 +47,7 @@ impl Source {
             stalled,
             arrived_before,
             untold: _,
+            refused: _,
         } = self;
         debug_assert!(actions.is_empty(), "actions decide too");
         offer.is_some().hash(hasher);
@@ -96,7 +97,9 @@ impl Source {
             self.state,
             State::Connecting
                 | State::Greeting
+                | State::Vouching(_)
                 | State::Offering
+                | State::Judging { .. }
                 | State::OpeningStreams { .. }
                 | State::Arming(_)
                 | State::Collecting(_)
@@ -110,6 +113,8 @@ impl Source {
     pub(super) fn is_current(&self, op: Op) -> bool {
         match &self.state {
             State::Ordering(expected)
+            | State::Vouching(expected)
+            | State::Judging { op: expected, .. }
             | State::OpeningStreams { op: expected, .. }
             | State::Arming(expected)
             | State::Collecting(expected)
@@ -131,7 +136,7 @@ impl Source {
             }
             State::Redialling(redialling) => redialling.works_at(op),
             State::AwaitReady { save, root_op, .. } => {
-                *save == op || *root_op == op || self.is_post_copy(op)
+                *save == op || *root_op == op || self.judges(op) || self.is_post_copy(op)
             }
             _ => false,
         }

@@ -94,7 +94,7 @@ impl Source {
     pub(super) fn was_offered(&self) -> bool {
         !matches!(
             self.state,
-            State::Ordering(_) | State::Connecting | State::Greeting
+            State::Ordering(_) | State::Connecting | State::Greeting | State::Vouching(_)
         )
     }
 

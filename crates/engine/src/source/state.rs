@@ -1,8 +1,9 @@
 //! States of a source, named for what they await.
 
 use super::action::Op;
+use super::judging::LastJudgement;
 use crate::ids::{Root, Sha256};
-use crate::message::Demand;
+use crate::message::{Accepted, Demand};
 use crate::pages::PageSet;
 use crate::time::Time;
 
@@ -11,7 +12,14 @@ pub(super) enum State {
     Ordering(Op),
     Connecting,
     Greeting,
+    /// Credentials are being made.
+    Vouching(Op),
     Offering,
+    /// The destination has a container, and its evidence, which is not in here any more, is being judged.
+    Judging {
+        op: Op,
+        accepted: Accepted,
+    },
     OpeningStreams {
         op: Op,
         opened: bool,
@@ -36,6 +44,7 @@ pub(super) enum State {
         root_op: Op,
         root: Option<Root>,
         theirs: Option<Root>,
+        judged: LastJudgement,
     },
     Committing(Op),
     AwaitRunning,

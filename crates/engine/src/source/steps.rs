@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::{
-    Doubt, Draining, DrainingPages, Op, PostCopy, REDIAL_MAX_COPYING, RoundMark, Sending,
-    SendingStep, Source, SourceAction, SourceDone, State,
+    Doubt, Draining, DrainingPages, LastJudgement, Op, PostCopy, REDIAL_MAX_COPYING, RoundMark,
+    Sending, SendingStep, Source, SourceAction, SourceDone, State,
 };
 use crate::ids::{Epoch, Sha256};
 use crate::journal::SourceRecord;
@@ -201,6 +201,7 @@ impl Source {
             _ => self.config.timing.switchover,
         };
         self.deadline = Some(now + allowed.max(self.config.timing.switchover));
+        self.challenge_again(now);
         self.actions.push_back(SourceAction::Pause(op));
     }
 
@@ -367,6 +368,7 @@ impl Source {
             root_op,
             root: None,
             theirs: None,
+            judged: LastJudgement::NotYet,
         };
         self.send(now, Message::Seal(seal));
         // Last, because it takes milliseconds, and the destination loads meanwhile.
@@ -377,6 +379,7 @@ impl Source {
         let State::AwaitReady {
             root: Some(ours),
             theirs: Some(theirs),
+            judged,
             ..
         } = self.state
         else {
@@ -388,6 +391,9 @@ impl Source {
                 "the destination's memory is not the memory that was sent",
             );
             return self.abort(now, reason);
+        }
+        if judged != LastJudgement::Passed {
+            return;
         }
         self.root = Some(ours);
         let record = SourceRecord::Committed(self.commit_epoch());

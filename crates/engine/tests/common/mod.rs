@@ -1,5 +1,6 @@
-//! What the tests of a source share: an order, and what is offered under it.
+//! What the tests of a source share: an order, what is offered under it, and challenges.
 
+use palanquin_engine::ids::Challenge32;
 use palanquin_engine::message::Offer;
 use palanquin_engine::strategy::PostCopyUse;
 use palanquin_engine::{Epoch, MigrationId, Order, VmId};
@@ -23,5 +24,13 @@ pub(crate) fn offer(pages: u64, streams: u16) -> Offer {
         streams,
         digest_seed: 0,
         post_copy: PostCopyUse::No,
+        credentials: Vec::new(),
     }
 }
+
+/// What the source's greeting has.
+pub(crate) const CHALLENGE: Challenge32 = Challenge32([1; 32]);
+/// What the source sends when it begins to pause the VM.
+pub(crate) const LAST_CHALLENGE: Challenge32 = Challenge32([2; 32]);
+/// What the destination's greeting has.
+pub(crate) const THEIR_CHALLENGE: Challenge32 = Challenge32([3; 32]);

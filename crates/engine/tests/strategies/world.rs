@@ -80,6 +80,8 @@ pub(crate) fn migrate(setting: Setting, load: Workload) -> Outcome {
         timing: Timing::default(),
         software: "test".to_owned(),
         layout: Some(RamLayout::new(vec![PAGES]).expect("a layout")),
+        challenge: crate::common::CHALLENGE,
+        last_challenge: crate::common::LAST_CHALLENGE,
     };
     let mut world = World {
         source: Source::new(Time::default(), config, offer),
@@ -177,7 +179,13 @@ impl World {
 
     fn execute(&mut self, action: SourceAction) {
         match action {
-            SourceAction::Journal(op, _) | SourceAction::StartTracking(op) => {
+            SourceAction::Vouch { op, .. } => {
+                let done = SourceDone::Vouched(Vec::new());
+                self.at(self.now, Event::Done(op, done));
+            }
+            SourceAction::Judge { op, .. }
+            | SourceAction::Journal(op, _)
+            | SourceAction::StartTracking(op) => {
                 self.done(op, Duration::ZERO);
             }
             SourceAction::Connect { attempt } => self.source.handle_connected(self.now, attempt),
@@ -255,13 +263,15 @@ impl World {
     fn receive(&mut self, message: Message) {
         match message {
             Message::Hello(hello) => {
-                self.answer(Message::HelloReply(HelloReply::to(&hello, "test")));
+                let reply = HelloReply::to(&hello, "test", crate::common::THEIR_CHALLENGE);
+                self.answer(Message::HelloReply(reply));
             }
             Message::Offer(offer) => {
                 let accepted = Accepted {
                     streams: 2,
                     stream_secret: StreamSecret([0; 32]),
                     post_copy: offer.post_copy != PostCopyUse::No,
+                    evidence: Vec::new(),
                 };
                 self.answer(Message::Accepted(accepted));
             }
@@ -271,7 +281,7 @@ impl World {
                 self.outcome.downtime = self.now - self.paused.expect("sealed while it runs");
                 self.ended = true;
             }
-            Message::Ping | Message::Abort(_) => {}
+            Message::Ping | Message::Abort(_) | Message::Challenge(_) => {}
             other => panic!("not before the switchover: {other:?}"),
         }
     }

@@ -438,6 +438,7 @@ fn a_host_that_is_enrolled_can_fill_its_own_places_only() -> Result<()> {
             streams: 2,
             digest_seed: 1,
             post_copy: PostCopyUse::No,
+            credentials: Vec::new(),
         };
         let answer = c.tell(&Message::Offer(offer))?;
         ensure!(matches!(answer, Some(Message::Refused(_))), "{answer:?}");

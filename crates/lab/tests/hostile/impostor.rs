@@ -9,9 +9,9 @@ use anyhow::{Context, Result, bail, ensure};
 use palanquin_agent::net::wire::{WireChannel, WireError};
 use palanquin_agent::stream_proof::{Opening, exporter_context};
 use palanquin_agent::tls::{Authenticated, Material, Tls};
-use palanquin_engine::ids::{Epoch, Root, StreamSecret, VmId};
+use palanquin_engine::ids::{Challenge32, Epoch, Root, StreamSecret, VmId};
 use palanquin_engine::message::{
-    Complete, Demand, Hello, Offer, Query, Reason, Refused, Rejoin, Verdict,
+    Complete, Demand, Hello, Offer, Query, Ready, Reason, Refused, Rejoin, Verdict,
 };
 use palanquin_engine::strategy::PostCopyUse;
 use palanquin_engine::{Message, MigrationId, Order};
@@ -59,7 +59,8 @@ impl<'a> Impostor<'a> {
     /// A control connection that has exchanged greetings.
     fn greet(&self) -> Result<WireChannel> {
         let channel = WireChannel::new(self.connect(false)?)?;
-        channel.send(&Message::Hello(Hello::ours("impostor")))?;
+        let hello = Hello::ours("impostor", Challenge32([9; 32]));
+        channel.send(&Message::Hello(hello))?;
         let Message::HelloReply(_) = channel.receive()? else {
             bail!("no greeting");
         };
@@ -111,6 +112,7 @@ fn offer(order: Order) -> Message {
         streams: 2,
         digest_seed: 1,
         post_copy: PostCopyUse::No,
+        credentials: Vec::new(),
     })
 }
 
@@ -198,7 +200,11 @@ fn another_host_of_the_authority_can_take_no_part_in_a_running_migration() -> Re
         Message::Demand(Demand { region: 0, page: 0 }),
         Message::Verdict(Verdict::Pulling(rejoin)),
         Message::Commit(Epoch(info.epoch)),
-        Message::Ready(Root([0; 32])),
+        Message::Ready(Ready {
+            root: Root([0; 32]),
+            evidence: Vec::new(),
+        }),
+        Message::Challenge(Challenge32([0; 32])),
         Message::Erased,
         Message::Abort(Reason::new("operator", "no reason")),
         Message::Complete(Complete {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use palanquin_engine::destination::{DestinationAction, DestinationDone, DestinationPhase, Op};
 use palanquin_engine::journal::DestinationRecovery;
-use palanquin_engine::message::{Complete, Message, Present};
+use palanquin_engine::message::{Complete, Message, Present, WireBlocker};
 use palanquin_engine::order::Ledger;
 use palanquin_engine::strategy::PostCopyUse;
 use palanquin_engine::{Destination, DestinationRecord};
@@ -34,19 +34,8 @@ impl World {
     pub(super) fn destination_action(&mut self, action: DestinationAction) {
         match action {
             DestinationAction::Send(message) => self.send_to_source(message),
-            DestinationAction::ConsultLedger(_) => {
-                let ledger = Ledger {
-                    host: order().destination,
-                    peer: order().source,
-                    unix_s: 1,
-                    migration_seen: !self.destination.records.is_empty(),
-                    vm_present: self.destination.container.is_some(),
-                    ..Ledger::default()
-                };
-                if let Some(destination) = self.destination_engine() {
-                    destination.handle_ledger(NOW, &ledger);
-                }
-            }
+            DestinationAction::ConsultLedger(_) => self.destination.consulting = true,
+            DestinationAction::Attest { op, .. } => self.destination.attesting = Some(op),
             DestinationAction::Journal(op, record) => self.destination_records(op, record),
             DestinationAction::Reserve(op, offer) => {
                 self.destination.wishes = offer.post_copy;
@@ -98,6 +87,8 @@ impl World {
             DestinationAction::Activate(op) => self.give(op, ContainerJob::Activate),
             DestinationAction::Terminate(op) => {
                 self.destination.expecting = None;
+                // Nobody waits for it any more.
+                self.destination.attesting = None;
                 // A load that still waits for its state is given up.
                 self.destination
                     .jobs
@@ -107,6 +98,7 @@ impl World {
             DestinationAction::Finish(_) => {
                 self.destination.engine = None;
                 self.destination.expecting = None;
+                self.destination.consulting = false;
                 // The thread that served the connection ends with the session.
                 if let Some(connection) = self.session() {
                     connection.destination_open = false;
@@ -115,6 +107,43 @@ impl World {
                 }
                 self.destination.session = None;
             }
+        }
+    }
+
+    /// The gates have judged the offer.
+    pub(super) fn gates_judge(&mut self, pass: bool) {
+        self.destination.consulting = false;
+        let unheard = self.is(Mutation::ReserveInSpiteOfGates);
+        self.destination.refused = !pass || unheard;
+        let refusal = WireBlocker {
+            code: "model".to_owned(),
+            message: String::new(),
+            remedy: String::new(),
+        };
+        let heard = !pass && !unheard;
+        let ledger = Ledger {
+            host: order().destination,
+            peer: order().source,
+            unix_s: 1,
+            migration_seen: !self.destination.records.is_empty(),
+            vm_present: self.destination.container.is_some(),
+            refusals: heard.then_some(refusal).into_iter().collect(),
+            ..Ledger::default()
+        };
+        if let Some(destination) = self.destination_engine() {
+            destination.handle_ledger(NOW, &ledger);
+        }
+    }
+
+    /// Evidence for the source's challenge is there, or cannot be had.
+    pub(super) fn attests(&mut self, succeeds: bool) {
+        let Some(op) = self.destination.attesting.take() else {
+            return;
+        };
+        if succeeds {
+            self.destination_done(op, DestinationDone::Attested(Vec::new()));
+        } else {
+            self.destination_failed(op, false);
         }
     }
 
@@ -127,6 +156,9 @@ impl World {
             record,
             DestinationRecord::Owned(_) | DestinationRecord::Pulling(_)
         );
+        if matches!(record, DestinationRecord::Reserved(_)) && self.destination.refused {
+            self.broken = Some("an order was taken that a gate refused");
+        }
         if owned && self.is(Mutation::RunBeforeOwnedIsDurable) {
             self.run_there();
         }
@@ -218,7 +250,11 @@ impl World {
             self.destination.state_arrived = false;
             self.destination.state_sealed = false;
             let post_copy = self.destination.wishes != PostCopyUse::No;
-            return self.destination_done(op, DestinationDone::Reserved { post_copy });
+            let reserved = DestinationDone::Reserved {
+                post_copy,
+                evidence: Vec::new(),
+            };
+            return self.destination_done(op, reserved);
         }
         let Some(container) = &mut self.destination.container else {
             return self.destination_failed(op, true);
@@ -259,6 +295,8 @@ impl World {
         self.destination.recovery.clear();
         self.destination.expecting = None;
         self.destination.loading = None;
+        self.destination.consulting = false;
+        self.destination.attesting = None;
         self.destination.session = None;
         self.destination.cannot_resume = 0;
         self.destination.engine = None;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use palanquin_engine::journal::verdict;
 use palanquin_engine::message::Verdict;
-use palanquin_engine::{DestinationRecord, SourceRecord};
+use palanquin_engine::{DestinationRecord, SourceAction, SourceRecord};
 
 use super::world::{Run, World};
 
@@ -55,6 +55,26 @@ impl World {
             self.broken = Some("the destination runs the VM with other memory than was paused");
         }
         self.ran_there = true;
+    }
+
+    /// What an action of the source must not come before.
+    pub(super) fn check_judged(&mut self, action: &SourceAction) {
+        let [first, last] = self.source.judged;
+        let law = match action {
+            SourceAction::OpenStreams { .. }
+            | SourceAction::SendPages { .. }
+            | SourceAction::SendStale { .. }
+            | SourceAction::SendUrgent { .. }
+                if !first =>
+            {
+                "something of the VM left before its destination was judged"
+            }
+            SourceAction::Journal(_, SourceRecord::Committed(_)) if !last => {
+                "committed before the destination was judged once more"
+            }
+            _ => return,
+        };
+        self.broken = Some(law);
     }
 
     /// The law that is broken here.

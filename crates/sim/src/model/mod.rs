@@ -41,7 +41,8 @@ pub struct Bounds {
     pub cuts: u8,
     /// Journal writes that are reported as failed, of both sides together; the record is durable or not.
     pub journal_failures: u8,
-    /// Jobs on a hypervisor that fail, of both sides together. Resuming on the destination fails until its agent gives up.
+    /// Jobs on a hypervisor that fail, of both sides together, and instead of them judgements that refuse and evidence that
+    /// cannot be had. Resuming on the destination fails until its agent gives up.
     pub vm_failures: u8,
     /// Wishes to abort, on either side.
     pub aborts: u8,
@@ -138,7 +139,7 @@ impl std::fmt::Display for Bounds {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "{}: crashes {} + {}, cuts {}, journal failures {}, VM failures {}, aborts {}, early deadlines {}, writes {}, \
+            "{}: crashes {} + {}, cuts {}, journal failures {}, failing jobs and refusals {}, aborts {}, early deadlines {}, writes {}, \
              waits {}",
             self.strategy.name(),
             self.source_crashes,

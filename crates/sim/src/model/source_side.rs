@@ -29,7 +29,20 @@ impl World {
     }
 
     pub(super) fn source_action(&mut self, action: SourceAction) {
+        self.check_judged(&action);
         match action {
+            SourceAction::Vouch { op, .. } => self.source_done(op, SourceDone::Vouched(Vec::new())),
+            SourceAction::Judge { op, last, .. } => {
+                let blind = if last {
+                    Mutation::CommitUnjudged
+                } else {
+                    Mutation::OpenUnjudged
+                };
+                if self.is(blind) {
+                    return self.source_done(op, SourceDone::Done);
+                }
+                self.source.judging = Some((op, last));
+            }
             SourceAction::Connect { attempt } => {
                 self.source.attempt = attempt;
                 self.source.dialling = true;
@@ -88,7 +101,12 @@ impl World {
                 self.source_done(op, SourceDone::Root(root));
             }
             SourceAction::ComputePulledRoot(op) => self.source_done(op, SourceDone::NoRoot),
-            SourceAction::CloseStreams | SourceAction::StopCopying => self.source.opening = None,
+            SourceAction::CloseStreams => self.source.opening = None,
+            SourceAction::StopCopying => {
+                self.source.opening = None;
+                // Nobody waits for it any more.
+                self.source.judging = None;
+            }
             SourceAction::Throttle(_) => {}
             SourceAction::Pause(op) => self.source.jobs.push_back((op, VmJob::Pause)),
             SourceAction::SaveDeviceState(op) => self.source.jobs.push_back((op, VmJob::Save)),
@@ -104,6 +122,18 @@ impl World {
                 self.source.opening = None;
             }
         }
+    }
+
+    /// The destination was looked at.
+    pub(super) fn source_judges(&mut self, passes: bool) {
+        let Some((op, last)) = self.source.judging.take() else {
+            return;
+        };
+        if !passes {
+            return self.source_failed(op, false);
+        }
+        self.source.judged[usize::from(last)] = true;
+        self.source_done(op, SourceDone::Done);
     }
 
     fn source_records(&mut self, op: Op, record: SourceRecord) {
@@ -225,6 +255,7 @@ impl World {
         self.source.journal.clear();
         self.source.jobs.clear();
         self.source.opening = None;
+        self.source.judging = None;
         self.source.dialling = false;
         self.source.engine = None;
         self.source.up = false;

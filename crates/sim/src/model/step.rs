@@ -31,6 +31,11 @@ pub(super) enum Step {
     RestartSource,
     RestartDestination,
     DestinationRecovers,
+    /// The destination is judged, and nothing is held against it.
+    SourceJudges,
+    /// The same of the order and its source.
+    GatesJudge,
+    Attests,
     SourceTimer,
     DestinationTimer,
     GuestWrites,
@@ -41,10 +46,17 @@ pub(super) enum Step {
     Cut(u8),
     CrashSource(u8),
     CrashDestination(u8),
-    SourceJournalFails { durable: bool },
-    DestinationJournalFails { durable: bool },
+    SourceJournalFails {
+        durable: bool,
+    },
+    DestinationJournalFails {
+        durable: bool,
+    },
     SourceJobFails,
     ContainerJobFails,
+    SourceRefuses,
+    GatesRefuse,
+    AttestingFails,
     AbortAtSource,
     AbortAtDestination,
 }
@@ -63,6 +75,9 @@ impl Step {
                 | Self::DestinationJournalFails { .. }
                 | Self::SourceJobFails
                 | Self::ContainerJobFails
+                | Self::SourceRefuses
+                | Self::GatesRefuse
+                | Self::AttestingFails
                 | Self::AbortAtSource
                 | Self::AbortAtDestination
         )
@@ -115,6 +130,9 @@ impl World {
                 !self.destination.recovery.is_empty(),
                 Step::DestinationRecovers,
             ),
+            (self.source.judging.is_some(), Step::SourceJudges),
+            (self.destination.consulting, Step::GatesJudge),
+            (self.destination.attesting.is_some(), Step::Attests),
         ];
         steps.extend(
             always
@@ -227,6 +245,12 @@ impl World {
             {
                 steps.push(Step::ContainerJobFails);
             }
+            let judging = [
+                (self.source.judging.is_some(), Step::SourceRefuses),
+                (self.destination.consulting, Step::GatesRefuse),
+                (self.destination.attesting.is_some(), Step::AttestingFails),
+            ];
+            steps.extend(judging.iter().filter(|(can, _)| *can).map(|(_, step)| step));
         }
         if left.aborts > 0 {
             if self.source.engine.is_some() {
@@ -258,6 +282,9 @@ impl World {
             Step::RestartSource => self.restart_source(),
             Step::RestartDestination => self.restart_destination(),
             Step::DestinationRecovers => self.recover_step(),
+            Step::SourceJudges => self.source_judges(true),
+            Step::GatesJudge => self.gates_judge(true),
+            Step::Attests => self.attests(true),
             Step::SourceTimer => self.source_timer(),
             Step::DestinationTimer => self.destination_timer(),
             Step::GuestWrites => {
@@ -307,6 +334,18 @@ impl World {
             Step::ContainerJobFails => {
                 self.left.vm_failures -= 1;
                 self.container_job(false);
+            }
+            Step::SourceRefuses => {
+                self.left.vm_failures -= 1;
+                self.source_judges(false);
+            }
+            Step::GatesRefuse => {
+                self.left.vm_failures -= 1;
+                self.gates_judge(false);
+            }
+            Step::AttestingFails => {
+                self.left.vm_failures -= 1;
+                self.attests(false);
             }
             Step::AbortAtSource => {
                 self.left.aborts -= 1;

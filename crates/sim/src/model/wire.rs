@@ -9,7 +9,7 @@ use palanquin_engine::journal::verdict;
 use palanquin_engine::message::{Hello, HelloReply, Message, Refused, Verdict};
 use palanquin_engine::source::SourceDone;
 
-use super::world::{Connection, Data, NOW, World, failure, reason};
+use super::world::{CHALLENGE, Connection, Data, NOW, World, failure, reason};
 use crate::mutation::Mutation;
 
 impl World {
@@ -112,7 +112,8 @@ impl World {
         }
         match message {
             Message::Hello(hello) => {
-                self.answer(index, Message::HelloReply(HelloReply::to(&hello, "")));
+                let reply = HelloReply::to(&hello, "", CHALLENGE);
+                self.answer(index, Message::HelloReply(reply));
             }
             Message::Query(_) => self.query(index),
             Message::Offer(offer) => {
@@ -127,7 +128,7 @@ impl World {
                     );
                 }
                 let mut engine = Destination::new(NOW, Self::destination_config());
-                engine.handle_message(NOW, Message::Hello(Hello::ours("")));
+                engine.handle_message(NOW, Message::Hello(Hello::ours("", CHALLENGE)));
                 // The agent has answered the greeting itself.
                 while engine.poll_action().is_some() {}
                 engine.handle_message(NOW, Message::Offer(offer));

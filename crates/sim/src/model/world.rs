@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use palanquin_engine::convergence::Limits;
 use palanquin_engine::destination::DestinationConfig;
-use palanquin_engine::ids::StreamSecret;
+use palanquin_engine::ids::{Challenge32, StreamSecret};
 use palanquin_engine::message::{Message, Offer, Reason};
 use palanquin_engine::source::{Failure, Op, SourceConfig};
 use palanquin_engine::strategy::PostCopyUse;
@@ -23,6 +23,8 @@ use crate::mutation::Mutation;
 
 /// Everything happens now; only deadlines pass later.
 pub(super) const NOW: Time = Time::from_micros(0);
+/// What is shown decides nothing here, only whether it passes: with one for all, states that differ only in it are one.
+pub(super) const CHALLENGE: Challenge32 = Challenge32([0; 32]);
 /// Longer than any deadline that may pass.
 const NEVER: Duration = Duration::from_secs(1_000_000);
 
@@ -128,6 +130,10 @@ pub(super) struct SourceHost {
     pub(super) sent: u8,
     /// Somebody was told that the VM stays.
     pub(super) promised: bool,
+    /// The destination is being judged: for the last time or not.
+    pub(super) judging: Option<(Op, bool)>,
+    /// Nothing was held against it: before anything was sent, before the commit.
+    pub(super) judged: [bool; 2],
 }
 
 /// The host of the destination.
@@ -143,6 +149,12 @@ pub(super) struct DestinationHost {
     pub(super) expecting: Option<Op>,
     /// To report with, once it is loaded.
     pub(super) loading: Option<Op>,
+    /// The gates judge an offer.
+    pub(super) consulting: bool,
+    /// They have refused it.
+    pub(super) refused: bool,
+    /// Evidence is being made.
+    pub(super) attesting: Option<Op>,
     /// The connection of the migration, as an index.
     pub(super) session: Option<usize>,
     pub(super) wishes: PostCopyUse,
@@ -194,6 +206,8 @@ impl World {
                 attempt: 0,
                 sent: 0,
                 promised: false,
+                judging: None,
+                judged: [false; 2],
             },
             destination: DestinationHost {
                 engine: None,
@@ -205,6 +219,9 @@ impl World {
                 recovery: VecDeque::new(),
                 expecting: None,
                 loading: None,
+                consulting: false,
+                refused: false,
+                attesting: None,
                 session: None,
                 wishes: PostCopyUse::No,
                 state_arrived: false,
@@ -226,6 +243,7 @@ impl World {
             streams: 1,
             digest_seed: 0,
             post_copy: PostCopyUse::No,
+            credentials: Vec::new(),
         };
         world.source.engine = Some(Arc::new(Source::new(NOW, world.source_config(), offer)));
         world.pump();
@@ -247,6 +265,8 @@ impl World {
             timing: timing(),
             software: String::new(),
             layout: self.source.vm.as_ref().map(|_| layout()),
+            challenge: CHALLENGE,
+            last_challenge: CHALLENGE,
         }
     }
 
@@ -257,6 +277,7 @@ impl World {
             stream_secret: StreamSecret([0; 32]),
             streams_max: 1,
             device_state_max: 1,
+            challenge: CHALLENGE,
         }
     }
 
@@ -334,6 +355,8 @@ impl World {
             attempt,
             sent,
             promised,
+            judging,
+            judged,
         } = &self.source;
         engine.is_some().hash(&mut hasher);
         if let Some(engine) = engine {
@@ -341,6 +364,7 @@ impl World {
         }
         (up, vm, records, journal, jobs).hash(&mut hasher);
         (opening, dialling, sent, promised).hash(&mut hasher);
+        (judging, judged).hash(&mut hasher);
         let DestinationHost {
             engine,
             up,
@@ -351,6 +375,9 @@ impl World {
             recovery,
             expecting,
             loading,
+            consulting,
+            refused,
+            attesting,
             session,
             wishes,
             state_arrived,
@@ -365,6 +392,7 @@ impl World {
         }
         (up, container, records, journal, jobs, recovery).hash(&mut hasher);
         (expecting, loading, session, wishes, received).hash(&mut hasher);
+        (consulting, refused, attesting).hash(&mut hasher);
         (state_arrived, state_sealed, arrived).hash(&mut hasher);
         (cannot_resume, self.paused_version, self.ran_there).hash(&mut hasher);
         self.connections.len().hash(&mut hasher);

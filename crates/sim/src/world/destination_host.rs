@@ -163,7 +163,12 @@ impl World {
                 if self.wishes == PostCopyUse::Required && !post_copy {
                     (op, Ok(DestinationDone::Blocked(Vec::new())))
                 } else {
-                    (op, Ok(DestinationDone::Reserved { post_copy }))
+                    let evidence = self.first_evidence();
+                    let done = DestinationDone::Reserved {
+                        post_copy,
+                        evidence,
+                    };
+                    (op, Ok(done))
                 }
             }
             ContainerJob::Activate(op)
@@ -236,8 +241,10 @@ impl World {
                     self.send_to_source(message);
                 }
             }
-            DestinationAction::ConsultLedger(_) => {
+            DestinationAction::Attest { op, challenge } => self.attest(op, challenge),
+            DestinationAction::ConsultLedger(offer) => {
                 let ledger = Ledger {
+                    refusals: self.refusals(&offer),
                     host: "b".to_owned(),
                     peer: "a".to_owned(),
                     unix_s: 1,
@@ -255,6 +262,9 @@ impl World {
                     record,
                     DestinationRecord::Owned(_) | DestinationRecord::Pulling(_)
                 );
+                if matches!(record, DestinationRecord::Reserved(_)) && self.trust.refused {
+                    self.broken = Some("an order was taken that a gate refused");
+                }
                 if owned
                     && self.is(Mutation::RunBeforeOwnedIsDurable)
                     && let Some(copy) = &mut self.copies[1]

@@ -4,6 +4,7 @@ mod destination_host;
 mod path;
 mod rogue;
 mod source_host;
+mod trust;
 mod wire;
 
 use std::cmp::Reverse;
@@ -33,6 +34,7 @@ use palanquin_engine::{
 
 use self::path::{Direction, Record, Tampering};
 use self::rogue::Rogue;
+use self::trust::{CHALLENGE, LAST_CHALLENGE, Trust};
 use crate::mutation::Mutation;
 use crate::random::Random;
 
@@ -69,6 +71,8 @@ pub struct Report {
     pub crashes: u32,
     /// Times that somebody on the path was noticed.
     pub noticed: u32,
+    /// Whether the source gave up because a gate refused.
+    pub refused: bool,
     /// Times that both came together again after their connection broke.
     pub rejoined: u32,
     /// Virtual time in microseconds.
@@ -114,6 +118,9 @@ enum Event {
     SourceJournal(u64, Op, SourceRecord),
     DestinationJournal(u64, Op, DestinationRecord),
     SourceDone(u64, Op, Result<SourceDone, bool>),
+    DestinationDone(u64, Op, Result<DestinationDone, bool>),
+    /// For the last time or not, and whether nothing is held against the destination.
+    Judged(u64, Op, bool, bool),
     SourceVm(u64),
     DestinationVm(u64),
     GuestWrites,
@@ -232,6 +239,7 @@ struct World {
     unsaved: bool,
     /// The destination has begun to load.
     loading: Option<Op>,
+    trust: Trust,
     tracing: bool,
     trace: Vec<String>,
 }
@@ -250,6 +258,7 @@ pub fn simulate(seed: u64, mutation: Option<Mutation>, tracing: bool) -> Result<
         doubted: world.doubted,
         crashes: world.crashes,
         noticed: world.noticed,
+        refused: world.trust.ended_it,
         rejoined: world.rejoined,
         time_us: world.now,
         trace: std::mem::take(&mut world.trace),
@@ -300,7 +309,9 @@ impl World {
             1 | 2 => Duration::from_secs(1),
             _ => Timing::default().redial,
         };
+        let trust = Trust::new(&mut random);
         Self {
+            trust,
             redial,
             rejoined: 0,
             strategy,
@@ -425,6 +436,8 @@ impl World {
             layout: self.copies[0].is_some().then(|| self.layout.clone()),
             timing: self.timing(),
             software: "sim".to_owned(),
+            challenge: CHALLENGE,
+            last_challenge: LAST_CHALLENGE,
         }
     }
 
@@ -435,6 +448,7 @@ impl World {
             stream_secret: StreamSecret([0; 32]),
             streams_max: 2,
             device_state_max: 1 << 20,
+            challenge: self.destination_challenge(),
         }
     }
 
@@ -446,6 +460,7 @@ impl World {
             streams: 2,
             digest_seed: 0,
             post_copy: PostCopyUse::No,
+            credentials: Vec::new(),
         };
         self.source = Some(Source::new(self.time(), self.config(), offer));
         self.after(0, Event::GuestWrites);
@@ -772,6 +787,18 @@ impl World {
                 {
                     let result = result.map_err(failed);
                     source.handle_done(now, op, result);
+                }
+            }
+            Event::DestinationDone(life, op, result) => {
+                if life == self.destination_life
+                    && let Some(destination) = &mut self.destination
+                {
+                    destination.handle_done(now, op, result.map_err(failed));
+                }
+            }
+            Event::Judged(life, op, last, passes) => {
+                if life == self.source_life {
+                    self.judged(op, last, passes);
                 }
             }
             Event::SourceVm(life) => {

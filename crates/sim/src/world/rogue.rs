@@ -3,7 +3,8 @@
 //! Nothing can keep such a host from running a copy of what it was given. What the honest side can keep are its own
 //! laws: it acts only on its own durable records, and it comes to an end, or to a doubt that an operator can end.
 
-use palanquin_engine::message::{Accepted, Query, Rejoin, Seal};
+use palanquin_engine::ids::Challenge32;
+use palanquin_engine::message::{Accepted, Query, Ready, Rejoin, Seal};
 
 use super::*;
 
@@ -54,7 +55,7 @@ impl World {
         let Order { migration, vm, .. } = self.order;
         let reason = Reason::new("rogue", "nonsense");
         let stream_secret = StreamSecret([3; 32]);
-        match self.random.below(21) {
+        match self.random.below(22) {
             0 => Message::Commit(epoch),
             1 => Message::Running(epoch),
             2 => Message::Erased,
@@ -68,7 +69,10 @@ impl World {
                 streams: number as u16,
                 stream_secret,
             })),
-            10 => Message::Ready(Root([number as u8; 32])),
+            10 => Message::Ready(Ready {
+                root: Root([number as u8; 32]),
+                evidence: vec![number as u8; 33],
+            }),
             11 => Message::RoundReceived(number as u32),
             12 => Message::Complete(Complete {
                 root: None,
@@ -88,6 +92,7 @@ impl World {
                 streams: number as u16,
                 stream_secret,
                 post_copy: number.is_multiple_of(2),
+                evidence: vec![number as u8; 33],
             }),
             16 => Message::Seal(Seal {
                 rounds: number as u32,
@@ -104,11 +109,13 @@ impl World {
                 },
                 self.random.below(4) as u32,
             )),
+            20 => Message::Challenge(Challenge32([number as u8; 32])),
             _ => Message::HelloReply(HelloReply {
                 version: Some(number as u16),
                 features: Vec::new(),
                 software: String::new(),
                 versions: Vec::new(),
+                challenge: epoch.0.is_multiple_of(2).then_some(Challenge32([0; 32])),
             }),
         }
     }

@@ -216,7 +216,15 @@ impl World {
 
     pub(super) fn source_action(&mut self, action: SourceAction) {
         let life = self.source_life;
+        self.check_judged(&action);
         match action {
+            SourceAction::Vouch { op, challenge } => self.vouch(op, challenge),
+            SourceAction::Judge {
+                op,
+                challenge,
+                evidence,
+                last,
+            } => self.judge(op, challenge, &evidence, last),
             SourceAction::Connect { attempt } => self.connect(attempt),
             SourceAction::Send(message) => self.send_to_destination(message),
             SourceAction::Disconnect => {
@@ -341,6 +349,7 @@ impl World {
                     self.broken = Some("what arrived is not what was sent, and nobody lied");
                 }
                 self.ending = Some(ending);
+                self.trust.ended_it |= self.source.as_ref().is_some_and(Source::is_refused);
                 self.source = None;
             }
         }

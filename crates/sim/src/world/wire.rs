@@ -198,7 +198,9 @@ impl World {
         let now = self.time();
         match message {
             Message::Hello(hello) => {
-                self.send_to_source(Message::HelloReply(HelloReply::to(&hello, "sim")));
+                let reply = HelloReply::to(&hello, "sim", self.destination_challenge());
+                self.send_to_source(Message::HelloReply(reply));
+                self.trust.greeted = Some((connection, hello));
             }
             Message::Query(_) => self.query(),
             // An agent takes each migration once, whoever repeats the order.
@@ -209,12 +211,14 @@ impl World {
                 }));
             }
             Message::Offer(offer) if !self.offered => {
+                // An agent hangs up on whoever has not greeted.
+                let greeted = self.trust.greeted.take();
+                let Some((_, hello)) = greeted.filter(|(on, _)| *on == connection) else {
+                    return;
+                };
                 self.offered = true;
                 let mut engine = Destination::new(now, self.destination_config());
-                engine.handle_message(
-                    now,
-                    Message::Hello(palanquin_engine::message::Hello::ours("sim")),
-                );
+                engine.handle_message(now, Message::Hello(hello));
                 while engine.poll_action().is_some() {}
                 engine.handle_message(now, Message::Offer(offer));
                 self.session_connection = connection;

@@ -6,7 +6,7 @@ use arbitrary::{Result, Unstructured};
 use palanquin_engine::destination::{DestinationDone, DestinationEnding, DestinationPhase, Op};
 use palanquin_engine::ids::StreamSecret;
 use palanquin_engine::journal::DestinationRecovery;
-use palanquin_engine::message::{Complete, Hello, Offer, Seal, Verdict};
+use palanquin_engine::message::{Complete, EVIDENCE_MAX, Hello, Offer, Seal, Verdict, WireBlocker};
 use palanquin_engine::order::Ledger;
 use palanquin_engine::pages::RamLayout;
 use palanquin_engine::source::Failure;
@@ -18,7 +18,7 @@ use palanquin_engine::{
 use super::messages::{self, COMMIT_EPOCH, reason};
 use super::pause;
 use crate::entry::Target;
-use crate::targets::message::offer_sample;
+use crate::targets::message::{CHALLENGE, LAST_CHALLENGE, REPLY_CHALLENGE, offer_sample};
 
 /// Any sequence of events.
 pub(crate) const DESTINATION: Target = Target::new(
@@ -55,6 +55,7 @@ enum Kind {
     Journal(DestinationRecord),
     Reserve,
     Streams,
+    Attest,
     Load,
     Root,
     End,
@@ -98,6 +99,9 @@ struct Seen {
     last_round: bool,
     seal: Option<Seal>,
     loaded: bool,
+    /// The source has asked for evidence, and it is there.
+    challenged: bool,
+    attested: bool,
     root: Option<Root>,
     ready: bool,
     committed: bool,
@@ -130,6 +134,7 @@ fn run(data: &[u8]) -> Result<()> {
         stream_secret: StreamSecret([2; 32]),
         streams_max: 4,
         device_state_max: 1 << 20,
+        challenge: REPLY_CHALLENGE,
     };
     let now = Time::from_micros(1_000_000);
     let mut player = Player {
@@ -270,6 +275,7 @@ impl Player {
     fn deliver(&mut self, message: Message) {
         match &message {
             Message::Offer(offer) if self.offered.is_none() => self.offered = Some(offer.clone()),
+            Message::Challenge(_) if self.seen.opened => self.seen.challenged = true,
             Message::Seal(seal) if self.seen.seal.is_none() && self.seen.opened => {
                 self.seen.seal = Some(seal.clone());
             }
@@ -312,12 +318,22 @@ impl Player {
             host: "b".to_owned(),
             peer: "a".to_owned(),
             unix_s: 900,
-            migration_seen: bad,
+            migration_seen: bad && u.arbitrary()?,
+            refusals: if bad && u.arbitrary()? {
+                vec![WireBlocker {
+                    code: "gate".to_owned(),
+                    message: String::new(),
+                    remedy: String::new(),
+                }]
+            } else {
+                vec![]
+            },
             ..Ledger::default()
         };
         if std::mem::take(&mut self.seen.consulting) {
             let order = self.offered.as_ref().map(|offer| &offer.order);
-            self.seen.ordered = order.is_some_and(|order| order.judge(&ledger).is_ok());
+            self.seen.ordered = ledger.refusals.is_empty()
+                && order.is_some_and(|order| order.judge(&ledger).is_ok());
         }
         self.destination.handle_ledger(self.now, &ledger);
         Ok(())
@@ -335,7 +351,7 @@ impl Player {
                     ..offer_sample()
                 })
             }
-            DestinationPhase::Preparing => Message::Hello(Hello::ours("fuzz")),
+            DestinationPhase::Preparing => Message::Hello(Hello::ours("fuzz", CHALLENGE)),
             DestinationPhase::Receiving if !self.seen.connected => {
                 self.query();
                 return Ok(());
@@ -343,6 +359,8 @@ impl Player {
             DestinationPhase::Receiving => {
                 if u.ratio(1, 8)? {
                     self.early();
+                } else if !self.seen.challenged && self.seen.rounds > 0 && !u.ratio(1, 8)? {
+                    self.deliver(Message::Challenge(LAST_CHALLENGE));
                 } else if u.arbitrary()? {
                     let post_copy = u.arbitrary()?;
                     self.drained(post_copy);
@@ -354,6 +372,9 @@ impl Player {
             DestinationPhase::Switchover if !self.seen.last_round && u.arbitrary()? => {
                 self.round(self.seen.rounds + 1, true);
                 return Ok(());
+            }
+            DestinationPhase::Switchover if !self.seen.challenged => {
+                Message::Challenge(LAST_CHALLENGE)
             }
             DestinationPhase::Switchover if self.seen.seal.is_none() => {
                 let last = self.seen.rounds + u32::from(!self.seen.last_round);
@@ -400,12 +421,22 @@ impl Player {
         }
     }
 
+    /// Now and then more than may be told.
+    fn any_evidence(u: &mut Unstructured<'_>) -> Result<Vec<u8>> {
+        if u.ratio(1, 16)? {
+            return Ok(vec![1; EVIDENCE_MAX + 1]);
+        }
+        messages::evidence(u)
+    }
+
     fn any_done(u: &mut Unstructured<'_>) -> Result<DestinationDone> {
-        Ok(match u.int_in_range(0..=5)? {
+        Ok(match u.int_in_range(0..=6)? {
+            6 => DestinationDone::Attested(messages::evidence(u)?),
             0 => DestinationDone::Done,
             5 => DestinationDone::NeverRan,
             1 => DestinationDone::Reserved {
                 post_copy: u.arbitrary()?,
+                evidence: messages::evidence(u)?,
             },
             2 => DestinationDone::Blocked(vec![]),
             3 => DestinationDone::Pulled(Self::complete()),
@@ -459,7 +490,13 @@ impl Player {
                 seen.container = true;
                 DestinationDone::Reserved {
                     post_copy: u.arbitrary()?,
+                    evidence: Self::any_evidence(u)?,
                 }
+            }
+            Kind::Attest => {
+                let evidence = Self::any_evidence(u)?;
+                seen.attested = evidence.len() <= EVIDENCE_MAX;
+                DestinationDone::Attested(evidence)
             }
             Kind::Streams => {
                 seen.opened = true;
@@ -544,10 +581,12 @@ impl Player {
                     Message::Accepted(accepted) => {
                         let offered = self.offered.as_ref().map_or(0, |offer| offer.streams);
                         assert!(seen.container && (1..=offered.min(4)).contains(&accepted.streams));
+                        assert!(accepted.evidence.len() <= EVIDENCE_MAX);
                     }
                     Message::StreamsReady => assert!(seen.opened),
-                    Message::Ready(root) => {
-                        assert!(seen.loaded && seen.root == Some(root), "ready before it is");
+                    Message::Ready(ready) => {
+                        let all = seen.loaded && seen.attested && seen.root == Some(ready.root);
+                        assert!(all, "ready before it is");
                         seen.ready = true;
                     }
                     Message::Running(epoch) => {
@@ -580,11 +619,9 @@ impl Player {
                     _ => {}
                 }
             }
-            DestinationAction::ConsultLedger(order) => {
-                assert_eq!(
-                    Some(&order),
-                    self.offered.as_ref().map(|offer| &offer.order)
-                );
+            DestinationAction::ConsultLedger(offer) => {
+                assert_eq!(Some(&*offer), self.offered.as_ref());
+                assert!(self.destination.challenge().is_some());
                 seen.consulting = true;
             }
             DestinationAction::Journal(op, record) => {
@@ -622,6 +659,10 @@ impl Player {
             DestinationAction::ExpectStreams { op, streams, .. } => {
                 assert!(seen.container && (1..=4).contains(&streams));
                 self.wait(op, Kind::Streams);
+            }
+            DestinationAction::Attest { op, challenge } => {
+                assert!(seen.challenged && [CHALLENGE, LAST_CHALLENGE].contains(&challenge));
+                self.wait(op, Kind::Attest);
             }
             DestinationAction::LoadDeviceState(op) => {
                 assert!(

@@ -1,14 +1,14 @@
 //! Any message, with contents that are right more often than by chance.
 
 use arbitrary::{Result, Unstructured};
-use palanquin_engine::ids::{Sha256, StreamSecret};
+use palanquin_engine::ids::{Challenge32, Sha256, StreamSecret};
 use palanquin_engine::message::{
-    Accepted, Complete, Demand, Hello, HelloReply, Present, Query, Reason, Refused, Rejoin, Seal,
-    Verdict,
+    Accepted, Complete, Demand, Hello, HelloReply, Present, Query, Ready, Reason, Refused, Rejoin,
+    Seal, Verdict,
 };
 use palanquin_engine::{Epoch, Message, MigrationId, Root, VmId};
 
-use crate::targets::message::offer_sample;
+use crate::targets::message::{CHALLENGE, LAST_CHALLENGE, REPLY_CHALLENGE, offer_sample};
 
 /// Epoch under which the destination owns the VM.
 pub(crate) const COMMIT_EPOCH: Epoch = Epoch(5);
@@ -72,18 +72,45 @@ pub(crate) fn seal(u: &mut Unstructured<'_>, rounds: u32) -> Result<Seal> {
     })
 }
 
+/// A challenge that is mostly there.
+fn challenge(u: &mut Unstructured<'_>, good: Challenge32) -> Result<Option<Challenge32>> {
+    Ok(if u.ratio(1, 8)? { None } else { Some(good) })
+}
+
+/// What a host says about itself; the machines do not look into it.
+pub(crate) fn evidence(u: &mut Unstructured<'_>) -> Result<Vec<u8>> {
+    Ok(vec![1; u.int_in_range(0..=2)?])
+}
+
+/// What a destination says that is ready.
+pub(crate) fn ready(u: &mut Unstructured<'_>) -> Result<Ready> {
+    Ok(Ready {
+        root: root(u)?,
+        evidence: evidence(u)?,
+    })
+}
+
 /// Any message. One that the protocol gets anew is reached through the last kind until it is entered here.
 pub(crate) fn any(u: &mut Unstructured<'_>) -> Result<Message> {
-    Ok(match u.int_in_range(0..=21)? {
-        0 => Message::Hello(Hello::ours("fuzz")),
+    Ok(match u.int_in_range(0..=22)? {
+        0 => Message::Hello(Hello {
+            challenge: challenge(u, CHALLENGE)?,
+            ..Hello::ours("fuzz", CHALLENGE)
+        }),
         1 => {
-            let reply = HelloReply::to(&Hello::ours("fuzz"), "fuzz");
+            let hello = Hello::ours("fuzz", CHALLENGE);
+            let reply = HelloReply::to(&hello, "fuzz", REPLY_CHALLENGE);
+            let challenge = challenge(u, REPLY_CHALLENGE)?;
             let version = if u.arbitrary()? {
                 reply.version
             } else {
                 u.arbitrary()?
             };
-            Message::HelloReply(HelloReply { version, ..reply })
+            Message::HelloReply(HelloReply {
+                version,
+                challenge,
+                ..reply
+            })
         }
         2 => Message::Offer(offer_sample()),
         3 => Message::Refused(Refused {
@@ -94,6 +121,7 @@ pub(crate) fn any(u: &mut Unstructured<'_>) -> Result<Message> {
             streams: u.int_in_range(1..=16)?,
             stream_secret: StreamSecret([2; 32]),
             post_copy: u.arbitrary()?,
+            evidence: evidence(u)?,
         }),
         5 => Message::StreamsReady,
         6 => Message::RoundReceived(if u.ratio(1, 8)? {
@@ -105,7 +133,7 @@ pub(crate) fn any(u: &mut Unstructured<'_>) -> Result<Message> {
             let rounds = u.int_in_range(0..=9)?;
             Message::Seal(seal(u, rounds)?)
         }
-        8 => Message::Ready(root(u)?),
+        8 => Message::Ready(ready(u)?),
         9 => Message::Commit(epoch(u)?),
         10 => Message::Running(epoch(u)?),
         11 => Message::Erased,
@@ -130,6 +158,11 @@ pub(crate) fn any(u: &mut Unstructured<'_>) -> Result<Message> {
         20 => Message::Complete(Complete {
             root: if u.arbitrary()? { Some(root(u)?) } else { None },
             fault_wait_log2_us: vec![],
+        }),
+        21 => Message::Challenge(if u.ratio(1, 8)? {
+            CHALLENGE
+        } else {
+            LAST_CHALLENGE
         }),
         _ => {
             let len = u.int_in_range(0..=32_usize)?.min(u.len());

@@ -18,7 +18,7 @@ use palanquin_engine::{Message, Root, Source, SourceAction, SourceConfig, Source
 use super::messages::{self, COMMIT_EPOCH, reason};
 use super::pause;
 use crate::entry::Target;
-use crate::targets::message::offer_sample;
+use crate::targets::message::{CHALLENGE, LAST_CHALLENGE, REPLY_CHALLENGE, offer_sample};
 
 /// Any sequence of events.
 pub(crate) const SOURCE: Target = Target::new(
@@ -65,6 +65,9 @@ enum Kind {
     PulledRoot,
     Streams,
     Tracking,
+    Vouch,
+    /// For the last time or not.
+    Judge(bool),
 }
 
 impl Kind {
@@ -91,6 +94,10 @@ struct Seen {
     told_owned: bool,
     told_discarded: bool,
     told_running: bool,
+    /// Nothing was held against the destination: before anything was sent, before the commit.
+    judged: [bool; 2],
+    /// The credentials were made.
+    vouched: bool,
     ours: Option<Root>,
     theirs: Vec<Root>,
     vm_gone: bool,
@@ -100,6 +107,8 @@ struct Seen {
     stopped: bool,
     promised_abort: bool,
     finished: bool,
+    challenged: bool,
+    recovered: bool,
     /// Of this incarnation.
     ops: BTreeSet<Op>,
     attempt: u32,
@@ -144,6 +153,8 @@ fn run(data: &[u8]) -> Result<()> {
         timing: Timing::default(),
         software: "fuzz".to_owned(),
         layout: Some(layout.clone()),
+        challenge: CHALLENGE,
+        last_challenge: LAST_CHALLENGE,
     };
     let now = Time::from_micros(1_000_000);
     let source = Source::new(now, config.clone(), offer_sample());
@@ -301,7 +312,7 @@ impl Player {
                 Message::Complete(_) => self.seen.told_owned = true,
                 Message::Discarded(_) => self.seen.told_discarded = true,
                 Message::Verdict(verdict) => self.told(verdict),
-                Message::Ready(root) => self.seen.theirs.push(*root),
+                Message::Ready(ready) => self.seen.theirs.push(ready.root),
                 Message::RoundReceived(round) if *round == self.seen.acknowledged + 1 => {
                     self.seen.acknowledged += 1;
                 }
@@ -328,13 +339,16 @@ impl Player {
             Message::RoundReceived(self.seen.acknowledged + 1)
         } else {
             match self.seen.said.take() {
-                Some(Message::Hello(hello)) => Message::HelloReply(HelloReply::to(&hello, "fuzz")),
+                Some(Message::Hello(hello)) => {
+                    Message::HelloReply(HelloReply::to(&hello, "fuzz", REPLY_CHALLENGE))
+                }
                 Some(Message::Offer(offer)) => Message::Accepted(Accepted {
                     streams: offer.streams,
                     stream_secret: StreamSecret([2; 32]),
                     post_copy: offer.post_copy != PostCopyUse::No,
+                    evidence: messages::evidence(u)?,
                 }),
-                Some(Message::Seal(_)) => Message::Ready(messages::root(u)?),
+                Some(Message::Seal(_)) => Message::Ready(messages::ready(u)?),
                 Some(Message::Commit(_)) => Message::Running(COMMIT_EPOCH),
                 Some(Message::Query(_)) if self.source.is_redialling() && u.ratio(7, 8)? => {
                     let whole = self.seen.acknowledged < self.seen.rounds_ended && u.arbitrary()?;
@@ -384,7 +398,8 @@ impl Player {
     }
 
     fn any_done(&self, u: &mut Unstructured<'_>) -> Result<SourceDone> {
-        Ok(match u.int_in_range(0..=5)? {
+        Ok(match u.int_in_range(0..=6)? {
+            6 => SourceDone::Vouched(vec![1; 70_000 * usize::from(u.arbitrary::<bool>()?)]),
             0 => SourceDone::Done,
             1 => SourceDone::Collected(self.pages(u)?),
             2 => SourceDone::DeviceState {
@@ -452,6 +467,15 @@ impl Player {
                 self.seen.ours = Some(root);
                 SourceDone::Root(root)
             }
+            Kind::Vouch if u.ratio(1, 16)? => SourceDone::Vouched(vec![1; 70_000]),
+            Kind::Vouch => {
+                self.seen.vouched = true;
+                SourceDone::Vouched(b"fuzz".to_vec())
+            }
+            Kind::Judge(last) => {
+                self.seen.judged[usize::from(*last)] = true;
+                SourceDone::Done
+            }
             Kind::PulledRoot if u.arbitrary()? => SourceDone::NoRoot,
             Kind::PulledRoot => SourceDone::Root(messages::root(u)?),
             Kind::Resume => {
@@ -494,6 +518,7 @@ impl Player {
             told_owned: matches!(newest, SourceRecord::Released(_)),
             told_discarded: gave_back,
             vm_gone,
+            recovered: true,
             paused: true,
             ..Seen::default()
         };
@@ -540,6 +565,16 @@ impl Player {
                         assert_eq!(*epoch, COMMIT_EPOCH);
                     }
                     Message::Erased => assert!(seen.erased),
+                    Message::Offer(offer) => {
+                        assert!(seen.vouched && offer.credentials == b"fuzz");
+                    }
+                    Message::Challenge(challenge) => {
+                        assert_eq!(*challenge, LAST_CHALLENGE);
+                        assert!(!seen.challenged, "challenged twice");
+                        seen.challenged = true;
+                        // It answers when it is ready.
+                        return;
+                    }
                     Message::Ping => return,
                     _ => {}
                 }
@@ -555,6 +590,7 @@ impl Player {
                             "other memory is committed"
                         );
                         assert!(!seen.promised_abort, "it commits what it promised to abort");
+                        assert!(seen.judged[1], "committed and not judged once more");
                     }
                     SourceRecord::Released(epoch) => {
                         assert_eq!(*epoch, COMMIT_EPOCH);
@@ -578,8 +614,24 @@ impl Player {
             }
             SourceAction::OpenStreams { op, streams, .. } => {
                 assert!(streams > 0);
+                assert!(seen.judged[0] || seen.recovered, "nobody has judged it");
                 seen.streams_asked = true;
                 self.wait(op, Kind::Streams);
+            }
+            SourceAction::Vouch { op, challenge } => {
+                assert_eq!(challenge, REPLY_CHALLENGE);
+                self.wait(op, Kind::Vouch);
+            }
+            SourceAction::Judge {
+                op,
+                challenge,
+                last,
+                ..
+            } => {
+                let expected = if last { LAST_CHALLENGE } else { CHALLENGE };
+                assert_eq!(challenge, expected);
+                assert!(!last || seen.challenged, "judged by what it did not ask for");
+                self.wait(op, Kind::Judge(last));
             }
             SourceAction::StartTracking(op) => {
                 self.copies();
@@ -622,6 +674,7 @@ impl Player {
             SourceAction::Pause(op) => {
                 assert!(!seen.committed);
                 assert!(seen.connected, "paused, and nobody takes the VM");
+                assert!(seen.challenged, "paused, and nobody is asked");
                 seen.paused = true;
                 self.wait(op, Kind::Pause);
             }

@@ -4,10 +4,10 @@ use std::fmt::Debug;
 
 use palanquin_agent::net::wire::take_message;
 use palanquin_agent::stream_proof::{OPENING_BYTES, Opening};
-use palanquin_engine::ids::{Sha256, StreamSecret};
+use palanquin_engine::ids::{Challenge32, Sha256, StreamSecret};
 use palanquin_engine::journal::{DestinationRecord, SourceRecord, verdict};
 use palanquin_engine::message::{
-    Accepted, Complete, Demand, Hello, HelloReply, MESSAGE_MAX, Offer, Present, Query, Reason,
+    Accepted, Complete, Demand, Hello, HelloReply, MESSAGE_MAX, Offer, Present, Query, Ready, Reason,
     Refused, Rejoin, Seal, Verdict, WireBlocker,
 };
 use palanquin_engine::order::{Ledger, NAME_MAX};
@@ -153,8 +153,16 @@ pub(crate) fn offer_sample() -> Offer {
         streams: 2,
         digest_seed: 9,
         post_copy: PostCopyUse::IfPossible,
+        credentials: vec![5; 30],
     }
 }
+
+/// In the greeting of whoever connects.
+pub(crate) const CHALLENGE: Challenge32 = Challenge32([10; 32]);
+/// In the answer.
+pub(crate) const REPLY_CHALLENGE: Challenge32 = Challenge32([11; 32]);
+/// When the VM is being paused.
+pub(crate) const LAST_CHALLENGE: Challenge32 = Challenge32([12; 32]);
 
 fn samples() -> Vec<Message> {
     let blocker = WireBlocker {
@@ -167,9 +175,16 @@ fn samples() -> Vec<Message> {
         streams: 2,
         stream_secret,
     };
+    let hello = Hello::ours("0.1.0", CHALLENGE);
     vec![
-        Message::Hello(Hello::ours("0.1.0")),
-        Message::HelloReply(HelloReply::to(&Hello::ours("0.1.0"), "0.1.0")),
+        Message::HelloReply(HelloReply::to(&hello, "0.1.0", REPLY_CHALLENGE)),
+        // Of another version.
+        Message::Hello(Hello {
+            versions: vec![4],
+            challenge: None,
+            ..hello.clone()
+        }),
+        Message::Hello(hello),
         Message::Offer(offer_sample()),
         Message::Check(offer_sample()),
         Message::CheckReply(vec![blocker.clone(), blocker.clone()]),
@@ -181,6 +196,7 @@ fn samples() -> Vec<Message> {
             streams: 2,
             stream_secret,
             post_copy: true,
+            evidence: vec![4; 20],
         }),
         Message::StreamsReady,
         Message::RoundReceived(1),
@@ -190,7 +206,11 @@ fn samples() -> Vec<Message> {
             device_state_sha256: Sha256([3; 32]),
             post_copy: false,
         }),
-        Message::Ready(Root([8; 32])),
+        Message::Challenge(LAST_CHALLENGE),
+        Message::Ready(Ready {
+            root: Root([8; 32]),
+            evidence: vec![4; 20],
+        }),
         Message::Commit(Epoch(5)),
         Message::Running(Epoch(5)),
         Message::Erased,
@@ -367,8 +387,26 @@ fn order(data: &[u8]) {
         epoch_known: (flags & 8 == 0).then_some(Epoch(u64::from(*known))),
         vm_present: flags & 2 != 0,
         full: flags & 4 != 0,
+        refusals: vec![],
     };
-    match order.judge(&ledger) {
+    let judged = order.judge(&ledger);
+    let refused = order.refused(&ledger);
+    assert_eq!(refused.is_some(), judged.is_err());
+    // What a gate refuses is refused by a gate, whatever else there is, and nothing but what it says of the host is told.
+    let gates = Ledger {
+        refusals: vec![WireBlocker {
+            code: "gate".repeat(usize::from(*known)),
+            message: String::new(),
+            remedy: String::new(),
+        }],
+        ..ledger.clone()
+    };
+    let both = order.refused(&gates).expect("a gate refuses");
+    assert!(both.by_gate);
+    let by_order = refused.is_some_and(|refused| refused.by_gate);
+    assert_eq!(both.blockers.len(), 1 + usize::from(by_order));
+    assert!(Message::Refused(both).encode().is_ok());
+    match judged {
         Ok(()) => {
             for name in [&order.vm_name, &order.source, &order.destination] {
                 assert!((1..=NAME_MAX).contains(&name.len()));

@@ -861,33 +861,6 @@ impl World {
         }
     }
 
-    fn kill_vm(&mut self, host: usize) {
-        let Some(copy) = self.copies[host].take() else {
-            return;
-        };
-        let now = self.time();
-        // A container that is not owned, or never ran, may die without anybody losing anything.
-        let owned = self.destination_records.iter().any(|r| {
-            matches!(
-                r,
-                DestinationRecord::Owned(_) | DestinationRecord::Pulling(_)
-            )
-        });
-        let may_have_run = copy.run == Run::Running || owned && !self.container_never_ran();
-        self.killed |= host == 0 || may_have_run;
-        self.container_killed |= host == 1;
-        if host == 0
-            && let Some(source) = &mut self.source
-        {
-            source.handle_vm_gone(now);
-        }
-        if host == 1
-            && let Some(destination) = &mut self.destination
-        {
-            destination.handle_container_gone(now);
-        }
-    }
-
     fn pump(&mut self) {
         self.pump_source();
         self.pump_destination();

@@ -630,7 +630,10 @@ impl Player {
             } => {
                 let expected = if last { LAST_CHALLENGE } else { CHALLENGE };
                 assert_eq!(challenge, expected);
-                assert!(!last || seen.challenged, "judged by what it did not ask for");
+                assert!(
+                    !last || seen.challenged,
+                    "judged by what it did not ask for"
+                );
                 self.wait(op, Kind::Judge(last));
             }
             SourceAction::StartTracking(op) => {

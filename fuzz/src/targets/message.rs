@@ -7,8 +7,8 @@ use palanquin_agent::stream_proof::{OPENING_BYTES, Opening};
 use palanquin_engine::ids::{Challenge32, Sha256, StreamSecret};
 use palanquin_engine::journal::{DestinationRecord, SourceRecord, verdict};
 use palanquin_engine::message::{
-    Accepted, Complete, Demand, Hello, HelloReply, MESSAGE_MAX, Offer, Present, Query, Ready, Reason,
-    Refused, Rejoin, Seal, Verdict, WireBlocker,
+    Accepted, Complete, Demand, Hello, HelloReply, MESSAGE_MAX, Offer, Present, Query, Ready,
+    Reason, Refused, Rejoin, Seal, Verdict, WireBlocker,
 };
 use palanquin_engine::order::{Ledger, NAME_MAX};
 use palanquin_engine::strategy::PostCopyUse;

@@ -45,7 +45,7 @@ fn the_same_seed_gives_the_same_events() {
 fn every_mutation_is_noticed() {
     let missed: Vec<_> = ALL
         .into_iter()
-        .filter(|&mutation| (0..20_000).all(|seed| simulate(seed, Some(mutation), false).is_ok()))
+        .filter(|&mutation| (0..100_000).all(|seed| simulate(seed, Some(mutation), false).is_ok()))
         .collect();
-    assert_eq!(missed, [], "not noticed in 20 000 seeds");
+    assert_eq!(missed, [], "not noticed in 100 000 seeds");
 }

@@ -2,14 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
-use std::fs;
 use std::path::Path;
 
 use palanquin_trust::Decision;
 use palanquin_trust::passport::date;
 use palanquin_trust::policy::{
-    Explanation, FILE_MAX, FILES_MAX, Files, Policies, Rehearsal, SCHEMA, Trace, rehearsals,
+    Explanation, FILE_MAX, Policies, Rehearsal, SCHEMA, Trace, rehearsals,
 };
+use palanquin_trust_files::{self as files, FilesError};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -20,7 +20,7 @@ use crate::files::read_text;
 use crate::output::{line, say};
 use crate::passport;
 
-/// Longest `directory.toml` or `tests.toml`.
+/// Longest `tests.toml`.
 const LONG_FILE_MAX: usize = 16 * FILE_MAX;
 /// Most passports that tests use.
 const PASSPORTS_MAX: usize = 1000;
@@ -53,54 +53,33 @@ pub(crate) fn run(command: &PolicyCommand, json: bool) -> Result<(), Failure> {
     }
 }
 
-/// Texts of the files of a directory with this ending, by their names without it.
-fn texts(dir: &Path, ending: &str, most: usize) -> Result<BTreeMap<String, String>, Failure> {
-    let unreadable = |error: std::io::Error| {
-        Failure::usage(format!("cannot read {}", dir.display())).cause(error)
-    };
-    let mut texts = BTreeMap::new();
-    for entry in fs::read_dir(dir).map_err(unreadable)? {
-        let path = entry.map_err(unreadable)?.path();
-        let name = path.file_name().and_then(|name| name.to_str());
-        let Some(stem) = name.and_then(|name| name.strip_suffix(ending)) else {
-            continue;
-        };
-        if texts.len() == most {
-            let what = format!("more than {most} *{ending} in {}", dir.display());
-            return Err(Failure::usage(what));
+fn load(dir: &Path) -> Result<Policies, Failure> {
+    files::policies(dir).map_err(|error| match error {
+        FilesError::NoPolicies(_) => Failure::usage(error.to_string())
+            .hint("policies are files *.cedar; docs/policy.md begins one"),
+        FilesError::Policies(dir, error) => {
+            let what = format!("the policies in {} can't be used", dir.display());
+            let failure = Failure::usage(what)
+                .hint("`palanquin policy schema` prints what policies may speak of");
+            error.0.into_iter().fold(failure, Failure::cause)
         }
-        texts.insert(stem.to_owned(), read_text(&path, FILE_MAX)?);
-    }
-    Ok(texts)
+        error => unreadable(error),
+    })
 }
 
-fn load(dir: &Path) -> Result<Policies, Failure> {
-    let policies = texts(dir, ".cedar", FILES_MAX)?;
-    if policies.is_empty() {
-        let what = format!("there are no policies in {}", dir.display());
-        return Err(
-            Failure::usage(what).hint("policies are files *.cedar; docs/policy.md begins one")
-        );
+fn unreadable(error: FilesError) -> Failure {
+    match error {
+        FilesError::Read { path, error } => {
+            Failure::usage(format!("cannot read {}", path.display())).cause(error)
+        }
+        error => Failure::usage(error.to_string()),
     }
-    let files = Files {
-        policies: policies
-            .into_iter()
-            .map(|(name, text)| (name + ".cedar", text))
-            .collect(),
-        directory: read_text(&dir.join("directory.toml"), LONG_FILE_MAX)?,
-    };
-    Policies::load(&files).map_err(|error| {
-        let what = format!("the policies in {} can't be used", dir.display());
-        let failure = Failure::usage(what)
-            .hint("`palanquin policy schema` prints what policies may speak of");
-        error.0.into_iter().fold(failure, Failure::cause)
-    })
 }
 
 fn cases(dir: &Path, file: &Path) -> Result<Vec<Rehearsal>, Failure> {
     let passports = dir.join("passports");
     let passports = if passports.exists() {
-        texts(&passports, ".toml", PASSPORTS_MAX)?
+        files::texts(&passports, ".toml", PASSPORTS_MAX).map_err(unreadable)?
     } else {
         BTreeMap::new()
     };

@@ -1,17 +1,22 @@
 //! A second person's word: an operator agrees to what another asks for.
 
+use std::fmt;
+
 use minicbor::{Decode, Encode};
+use serde::Serialize;
 use uuid::Uuid;
 
 use crate::decision::{Action, Wish};
 use crate::identity::{Identity, Kind};
+use crate::passport::date;
 use crate::signed::{Document, FieldError, Window};
 
 /// Longest time an approval may hold, in seconds: a week.
 pub const APPROVAL_MAX_S: u64 = 7 * 24 * 3600;
 
 /// An operator agrees that something is done to a VM, once or several times until it expires.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode, Serialize)]
+#[serde(rename_all = "kebab-case")]
 #[cbor(map)]
 pub struct Approval {
     /// Who agrees; signs.
@@ -40,11 +45,15 @@ pub struct Approval {
 impl Approval {
     /// Whether this agrees to that.
     pub fn is_for(&self, wish: &Wish<'_>) -> bool {
-        // To give and to take are two sides of one move.
+        // To give and to take are two sides of one move, and it leaves nothing behind at its source.
         let moves = [Action::MigrateOut.name(), Action::MigrateIn.name()];
-        let action = wish.action.name();
+        let of_a_move = match wish.action {
+            Action::MigrateOut | Action::MigrateIn => true,
+            Action::Erase => wish.source != wish.target,
+            Action::Adopt | Action::Abort => false,
+        };
         let same_action =
-            self.action == action || (moves.contains(&action) && moves.contains(&&*self.action));
+            self.action == wish.action.name() || (of_a_move && moves.contains(&&*self.action));
         same_action
             && self.vm == wish.vm
             && self.source == *wish.source
@@ -90,6 +99,18 @@ impl Document for Approval {
     }
 }
 
+impl fmt::Display for Approval {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "operator     {}", self.operator)?;
+        writeln!(f, "agrees to    {}", self.action)?;
+        writeln!(f, "VM           {}", self.vm)?;
+        writeln!(f, "from         {}", self.source)?;
+        writeln!(f, "to           {}", self.target)?;
+        let (from, to) = (date(self.not_before_unix_s), date(self.expires_unix_s));
+        writeln!(f, "holds        {from} to {to}")
+    }
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use palanquin_api::control::Strategy;
@@ -120,9 +141,19 @@ pub(crate) mod tests {
             post_copy: false,
         };
         assert!(good.is_for(&wish));
+        // What the move leaves behind goes with it.
+        let erase = Wish {
+            action: Action::Erase,
+            ..wish
+        };
+        assert!(good.is_for(&erase));
         let others = [
             Wish {
-                action: Action::Erase,
+                target: &good.source,
+                ..erase
+            },
+            Wish {
+                action: Action::Abort,
                 ..wish
             },
             Wish {

@@ -71,6 +71,8 @@ pub enum Gate {
     Policy,
     /// The owner's passport.
     Passport,
+    /// How much may be done at once, and in an hour.
+    Quota,
 }
 
 impl Gate {
@@ -81,6 +83,7 @@ impl Gate {
             Self::Attestation => "attestation",
             Self::Policy => "policy",
             Self::Passport => "passport",
+            Self::Quota => "quota",
         }
     }
 }
@@ -102,12 +105,8 @@ pub struct Reason {
 }
 
 impl Reason {
-    pub(crate) fn new(
-        gate: Gate,
-        code: &'static str,
-        message: impl Into<String>,
-        remedy: &str,
-    ) -> Self {
+    /// Of no policy.
+    pub fn new(gate: Gate, code: &'static str, message: impl Into<String>, remedy: &str) -> Self {
         Self {
             gate,
             code,

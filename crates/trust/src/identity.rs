@@ -51,6 +51,15 @@ pub struct Identity {
 pub struct IdentityError(String);
 
 impl Identity {
+    /// With these parts.
+    ///
+    /// # Errors
+    ///
+    /// They make no identity.
+    pub fn new(trust_domain: &str, kind: Kind, name: &str) -> Result<Self, IdentityError> {
+        format!("spiffe://{trust_domain}/{}/{name}", kind.word()).parse()
+    }
+
     /// Who issues names.
     pub fn trust_domain(&self) -> &str {
         &self.trust_domain

@@ -10,7 +10,7 @@ use super::Finding;
 use crate::programs;
 
 /// What each crate may use of ours; a new crate is entered here, with what it may use.
-const ALLOWED: [(&str, &[&str]); 9] = [
+const ALLOWED: [(&str, &[&str]); 10] = [
     (
         "palanquin-agent",
         &[
@@ -18,18 +18,25 @@ const ALLOWED: [(&str, &[&str]); 9] = [
             "palanquin-engine",
             "palanquin-host",
             "palanquin-trust",
+            "palanquin-trust-files",
             "palanquin-watch",
         ],
     ),
     ("palanquin-api", &[]),
     (
         "palanquin-cli",
-        &["palanquin-api", "palanquin-trust", "palanquin-watch"],
+        &[
+            "palanquin-api",
+            "palanquin-trust",
+            "palanquin-trust-files",
+            "palanquin-watch",
+        ],
     ),
     ("palanquin-engine", &[]),
     ("palanquin-host", &[]),
     ("palanquin-sim", &["palanquin-engine"]),
     ("palanquin-trust", &["palanquin-api"]),
+    ("palanquin-trust-files", &["palanquin-trust"]),
     ("palanquin-watch", &["palanquin-api"]),
     ("palanquin-workload", &[]),
 ];

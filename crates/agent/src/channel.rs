@@ -9,10 +9,11 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use palanquin_engine::{Message, MessageError};
+use palanquin_trust::{Identity, PublicKey};
 
-use crate::identity::{Identity, Kind};
 use crate::net::port::Port;
 use crate::net::protocol::{Connected, FromControl, ProtocolError, Told, Wire};
+use crate::tls::Peer;
 
 /// Messages that are received before the session has worked on those before.
 pub const BACKLOG_MAX: usize = 16;
@@ -43,38 +44,39 @@ pub enum ChannelError {
 pub struct Channel {
     /// The other end.
     pub peer: Identity,
+    /// The key in its certificate, with which it signs orders; absent where that is of a kind that signs no documents.
+    pub peer_key: Option<PublicKey>,
     /// Name of the cipher suite.
     pub cipher: String,
     /// Name of the key agreement.
     pub key_exchange: String,
     /// Its number in the network process.
     pub id: u64,
+    exporter: [u8; 32],
     port: Port,
     timeout: Mutex<Option<Duration>>,
 }
 
 impl Channel {
-    /// A connection that the network process has authenticated, with a host of our trust domain.
-    ///
-    /// # Errors
-    ///
-    /// No host has such a name.
-    pub fn new(connected: Connected, port: Port, trust_domain: &str) -> Result<Self, ChannelError> {
-        if !palanquin_engine::order::is_name(&connected.host) {
-            return Err(ProtocolError::OutOfBounds("name of a host").into());
-        }
-        Ok(Self {
-            peer: Identity {
-                trust_domain: trust_domain.to_owned(),
-                kind: Kind::Host,
-                name: connected.host,
-            },
+    /// A connection that the network process has authenticated, with the host that [`crate::tls::Peers`] finds in its
+    /// certificates.
+    pub fn new(connected: Connected, port: Port, peer: Peer) -> Self {
+        Self {
+            peer: peer.identity,
+            peer_key: peer.key,
             cipher: connected.cipher,
             key_exchange: connected.key_exchange,
             id: connected.id,
+            exporter: connected.exporter,
             port,
             timeout: Mutex::new(None),
-        })
+        }
+    }
+
+    /// Keying material of this connection alone (label `EXPORTER-palanquin-attestation`; RFC 8446, section 7.5), as the
+    /// network process says: evidence is bound to it.
+    pub fn exporter(&self) -> &[u8; 32] {
+        &self.exporter
     }
 
     /// Sends a message.
@@ -144,8 +146,14 @@ pub(crate) mod tests {
             host: "beta".to_owned(),
             cipher: String::new(),
             key_exchange: String::new(),
+            certificates: Vec::new(),
+            exporter: [7; 32],
         };
-        let channel = Channel::new(connected, ours, "example.org").unwrap();
+        let peer = Peer {
+            identity: "spiffe://example.org/host/beta".parse().unwrap(),
+            key: None,
+        };
+        let channel = Channel::new(connected, ours, peer);
         (channel, Port::from_fd(theirs).unwrap())
     }
 
@@ -200,17 +208,5 @@ pub(crate) mod tests {
         let error = channel.receive().unwrap_err();
         assert!(matches!(error, ChannelError::Io(_)), "{error:?}");
         assert!(began.elapsed() >= Duration::from_millis(100));
-    }
-
-    #[test]
-    fn a_name_that_no_host_has_is_refused() {
-        let (port, _) = Port::pair().unwrap();
-        let connected = Connected {
-            id: 1,
-            host: "../x".to_owned(),
-            cipher: String::new(),
-            key_exchange: String::new(),
-        };
-        assert!(Channel::new(connected, port, "example.org").is_err());
     }
 }

@@ -134,7 +134,7 @@ impl DestinationSession {
             engine,
             channel: Arc::new(Mutex::new(Some(Arc::clone(channel)))),
             generation: 0,
-            peer: channel.peer.name.clone(),
+            peer: channel.peer.name().to_owned(),
             tracked: Arc::clone(tracked),
             sender,
             worker,

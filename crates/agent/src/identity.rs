@@ -1,42 +1,12 @@
 //! Names in certificates: `spiffe://<trust-domain>/host/<name>` and `/operator/<name>`.
 //!
-//! Form of the URI: SPIFFE-ID specification, section 2; one URI per certificate: X.509-SVID, section 2.
+//! One URI per certificate: X.509-SVID, section 2.
 
-use std::fmt;
-
-use palanquin_engine::order::is_name;
+use palanquin_trust::identity::IdentityError as FormError;
+use palanquin_trust::keys::KeyError;
+use palanquin_trust::{Identity, PublicKey};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
-
-/// What a certificate's holder is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// An agent.
-    Host,
-    /// A person.
-    Operator,
-}
-
-/// The name in a certificate.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Identity {
-    /// Who issues names.
-    pub trust_domain: String,
-    /// Host or operator.
-    pub kind: Kind,
-    /// Name within the trust domain.
-    pub name: String,
-}
-
-impl fmt::Display for Identity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = match self.kind {
-            Kind::Host => "host",
-            Kind::Operator => "operator",
-        };
-        write!(f, "spiffe://{}/{kind}/{}", self.trust_domain, self.name)
-    }
-}
 
 /// Why a certificate gives no identity.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -48,96 +18,90 @@ pub enum IdentityError {
     #[error("the certificate has {0} URI names, expected exactly one")]
     UriCount(usize),
     /// Another form.
-    #[error("{0:?} is not spiffe://<trust-domain>/host/<name> or /operator/<name>")]
-    Form(String),
+    #[error(transparent)]
+    Form(#[from] FormError),
 }
 
-impl Identity {
-    /// Reads the name from a certificate that has been verified already.
-    ///
-    /// # Errors
-    ///
-    /// One of [`IdentityError`]'s rules is broken.
-    pub fn of_certificate(der: &[u8]) -> Result<Self, IdentityError> {
-        let (_, certificate) = X509Certificate::from_der(der)
-            .map_err(|error| IdentityError::Certificate(error.to_string()))?;
-        let names = certificate
-            .subject_alternative_name()
-            .map_err(|error| IdentityError::Certificate(error.to_string()))?;
-        let uris: Vec<&str> = names
-            .iter()
-            .flat_map(|extension| &extension.value.general_names)
-            .filter_map(|name| match name {
-                GeneralName::URI(uri) => Some(*uri),
-                _ => None,
-            })
-            .collect();
-        match uris[..] {
-            [uri] => Self::parse(uri),
-            _ => Err(IdentityError::UriCount(uris.len())),
-        }
-    }
-
-    fn parse(uri: &str) -> Result<Self, IdentityError> {
-        let form = || IdentityError::Form(uri.chars().take(200).collect());
-        let rest = uri.strip_prefix("spiffe://").ok_or_else(form)?;
-        let mut parts = rest.split('/');
-        let (Some(domain), Some(kind), Some(name), None) =
-            (parts.next(), parts.next(), parts.next(), parts.next())
-        else {
-            return Err(form());
-        };
-        let kind = match kind {
-            "host" => Kind::Host,
-            "operator" => Kind::Operator,
-            _ => return Err(form()),
-        };
-        let domain_fits = !domain.is_empty()
-            && domain.len() <= 255
-            && domain
-                .bytes()
-                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b));
-        if !domain_fits || !is_name(name) {
-            return Err(form());
-        }
-        Ok(Self {
-            trust_domain: domain.to_owned(),
-            kind,
-            name: name.to_owned(),
+/// Reads the name from a certificate that has been verified already.
+///
+/// # Errors
+///
+/// One of [`IdentityError`]'s rules is broken.
+pub fn of_certificate(der: &[u8]) -> Result<Identity, IdentityError> {
+    let (_, certificate) = X509Certificate::from_der(der)
+        .map_err(|error| IdentityError::Certificate(error.to_string()))?;
+    let names = certificate
+        .subject_alternative_name()
+        .map_err(|error| IdentityError::Certificate(error.to_string()))?;
+    let uris: Vec<&str> = names
+        .iter()
+        .flat_map(|extension| &extension.value.general_names)
+        .filter_map(|name| match name {
+            GeneralName::URI(uri) => Some(*uri),
+            _ => None,
         })
+        .collect();
+    match uris[..] {
+        [uri] => Ok(uri.parse()?),
+        _ => Err(IdentityError::UriCount(uris.len())),
     }
+}
+
+/// The key in a certificate, where it is of a kind that signs documents.
+///
+/// # Errors
+///
+/// It is of another kind, or this is no certificate.
+pub fn key_of_certificate(der: &[u8]) -> Result<PublicKey, KeyError> {
+    let (_, certificate) = X509Certificate::from_der(der).map_err(|_| KeyError::Public)?;
+    PublicKey::from_spki_der(certificate.public_key().raw)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use palanquin_trust::Sign as _;
+    use rcgen::{CertificateParams, KeyPair, SanType};
+    use rustls::pki_types::PrivateKeyDer;
 
-    #[test]
-    fn hosts_and_operators_are_told_apart() {
-        let host = Identity::parse("spiffe://example.org/host/a").unwrap();
-        assert_eq!((host.kind, host.name.as_str()), (Kind::Host, "a"));
-        let operator = Identity::parse("spiffe://example.org/operator/alice").unwrap();
-        assert_eq!(operator.kind, Kind::Operator);
-        assert_eq!(operator.to_string(), "spiffe://example.org/operator/alice");
+    use super::*;
+    use crate::gate::HostSigner;
+
+    fn certificate(uris: &[&str], key: &KeyPair) -> Vec<u8> {
+        let mut params = CertificateParams::new(vec!["a".to_owned()]).unwrap();
+        let uris = uris.iter().map(|uri| (*uri).to_owned().try_into().unwrap());
+        params.subject_alt_names.extend(uris.map(SanType::URI));
+        params.self_signed(key).unwrap().der().to_vec()
     }
 
     #[test]
-    fn other_forms_are_refused() {
-        for uri in [
-            "",
-            "https://example.org/host/a",
-            "spiffe:///host/a",
-            "spiffe://EXAMPLE/host/a",
-            "spiffe://example.org/host/",
-            "spiffe://example.org/host/a/b",
-            "spiffe://example.org/host/../a",
-            "spiffe://example.org/vm/a",
-            "spiffe://example.org/host/a b",
-        ] {
-            assert!(
-                matches!(Identity::parse(uri), Err(IdentityError::Form(_))),
-                "{uri}"
-            );
+    fn a_certificate_names_exactly_one_host_or_operator() {
+        let key = KeyPair::generate().unwrap();
+        let uri = "spiffe://example.org/host/a";
+        let identity = of_certificate(&certificate(&[uri], &key)).unwrap();
+        assert_eq!(identity.to_string(), uri);
+        let odd = |uris: &[&str]| of_certificate(&certificate(uris, &key)).unwrap_err();
+        assert_eq!(odd(&[]), IdentityError::UriCount(0));
+        assert_eq!(odd(&[uri, uri]), IdentityError::UriCount(2));
+        for uri in ["https://example.org/host/a", "spiffe://example.org/vm/a"] {
+            assert!(matches!(odd(&[uri]), IdentityError::Form(_)), "{uri}");
+        }
+        assert!(of_certificate(b"").is_err());
+    }
+
+    #[test]
+    fn the_key_in_a_hosts_certificate_verifies_what_the_host_signs() {
+        let key = KeyPair::generate().unwrap();
+        let public = key_of_certificate(&certificate(&["spiffe://example.org/host/a"], &key));
+        let public = public.unwrap();
+        let der = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        let signing = rustls::crypto::aws_lc_rs::sign::any_supported_type(&der).unwrap();
+        let signer = HostSigner::new(signing, public.clone());
+        for round in 0..50_u8 {
+            // Numbers of a signature with leading zeros, and without, are both among these.
+            let signature = signer.sign(&[round]).unwrap();
+            assert_eq!(signature.len(), 64);
+            assert!(public.verifies(&[round], &signature));
+            assert!(!public.verifies(&[round + 1], &signature));
         }
     }
 }

@@ -15,6 +15,7 @@ pub mod dial;
 pub mod digest;
 pub mod fail_point;
 pub mod farewell;
+pub mod gate;
 pub mod http;
 pub mod identity;
 pub mod listener;

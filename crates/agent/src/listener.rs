@@ -81,7 +81,7 @@ impl Door {
     }
 
     fn open(&self, agent: Arc<Agent>, channel: Channel) {
-        let peer = channel.peer.name.clone();
+        let peer = channel.peer.name().to_owned();
         if self.threads.fetch_add(1, Ordering::Relaxed) >= self.threads_max {
             self.threads.fetch_sub(1, Ordering::Relaxed);
             let why = "too many connections";
@@ -165,7 +165,7 @@ fn converse(
                 channel.send(&Message::Verdict(verdict))?;
             }
             Message::Check(offer) => {
-                let blockers = check(agent, &offer, &channel.peer.name);
+                let blockers = check(agent, &offer, channel.peer.name());
                 channel.send(&Message::CheckReply(blockers))?;
             }
             Message::Offer(offer) => {
@@ -222,9 +222,9 @@ enum Answer {
 
 /// What became of a migration to this host, for its source.
 fn answer(agent: &Arc<Agent>, query: &Query, channel: &Arc<Channel>) -> Answer {
-    let peer = &channel.peer.name;
+    let peer = channel.peer.name();
     if let Ok(Some((order, _))) = agent.store.destination_records(query.migration)
-        && order.source == *peer
+        && order.source == peer
         && order.vm == query.vm
         && let Some(tracked) = agent.migration(query.migration)
         && let Some(Session::Destination(sender)) = tracked.session()
@@ -291,7 +291,7 @@ fn arrive(
 ) -> Result<(), ChannelError> {
     let order = offer.order.clone();
     // The session judges it once more; but an order that is refused must not cost one.
-    if let Ok(ledger) = agent.ledger(&order, &channel.peer.name)
+    if let Ok(ledger) = agent.ledger(&order, channel.peer.name())
         && let Err(error) = order.judge(&ledger)
     {
         return refuse(channel, &order, error);

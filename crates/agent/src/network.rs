@@ -14,23 +14,23 @@ use std::time::{Duration, Instant};
 use palanquin_engine::message::Reason;
 use palanquin_engine::progress::SentCounters;
 use palanquin_host::vm::{GuestRam, Sharing};
+use palanquin_trust::Identity;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use tracing::{error, info, warn};
 
 use crate::chain::chain;
 use crate::channel::Channel;
 use crate::data_send::COUNTERS_BYTES;
-use crate::identity::Identity;
 use crate::net::key::{Notary, schemes_of};
 use crate::net::port::Port;
 use crate::net::process::ARGUMENT;
 use crate::net::protocol::{
-    FromControl, FromNetwork, Incoming, Listen, Outgoing, ProtocolError, RamRegion, Signed, Start,
-    ToNetwork, Wire,
+    Connected, FromControl, FromNetwork, Incoming, Listen, Outgoing, ProtocolError, RamRegion,
+    Signed, Start, ToNetwork, Wire,
 };
 use crate::streams_in::{COUNTER_BYTES, InEvent, InStreams};
 use crate::streams_out::{OutEvent, OutStreams};
-use crate::tls::{HANDSHAKE_DEADLINE, Material};
+use crate::tls::{HANDSHAKE_DEADLINE, Material, Peers, TlsError};
 
 /// Longest time for the network process to give up its privileges.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
@@ -71,6 +71,9 @@ pub enum NetworkError {
     /// It is not confined as the configuration demands.
     #[error("`privileges.require` is set, and this host lacks: {0}")]
     Lacking(String),
+    /// The authorities of this host are of no use.
+    #[error("other hosts cannot be told apart")]
+    Tls(#[from] TlsError),
 }
 
 /// Called with each control connection that another host has opened. Must not wait.
@@ -100,6 +103,7 @@ pub struct Network {
     start: Vec<u8>,
     notary: Mutex<Notary>,
     identity: Identity,
+    peers: Peers,
     current: Mutex<Option<Current>>,
     changed: Condvar,
     /// What is listened at, and who is told of connections.
@@ -129,6 +133,7 @@ impl Network {
     ///
     /// It does not start, or is not confined as it must be.
     pub fn start(settings: Settings, material: Material) -> Result<Arc<Self>, NetworkError> {
+        let peers = Peers::new(&material)?;
         let der = |list: Vec<rustls::pki_types::CertificateDer<'static>>| {
             let list = list.into_iter();
             list.map(|der| der.as_ref().to_vec().into()).collect()
@@ -143,6 +148,7 @@ impl Network {
             start: start.encoded(),
             notary: Mutex::new(Notary::new(material.key)),
             identity: material.identity,
+            peers,
             current: Mutex::default(),
             changed: Condvar::new(),
             listening: Mutex::default(),
@@ -282,7 +288,7 @@ impl Network {
                     let fd = packet.fds.into_iter().next();
                     let fd = fd.ok_or(ProtocolError::Descriptors(count))?;
                     let port = Port::from_fd(fd).map_err(broke)?;
-                    let channel = Channel::new(connected, port, &self.identity.trust_domain);
+                    let channel = self.channel(connected, port);
                     let listening = lock(&self.listening);
                     let arrivals = listening.as_ref().map(|at| Arc::clone(&at.arrivals));
                     drop(listening);
@@ -306,6 +312,19 @@ impl Network {
             }
         }
         Ok(())
+    }
+
+    /// A connection with the host that its certificates name, whatever the network process says.
+    fn channel(&self, connected: Connected, port: Port) -> Result<Channel, TlsError> {
+        let certificates: Vec<&[u8]> = connected.certificates.iter().map(|der| &der[..]).collect();
+        let peer = self.peers.identify(&certificates)?;
+        if peer.identity.name() != connected.host {
+            return Err(TlsError::OtherHost {
+                found: peer.identity.name().to_owned(),
+                expected: connected.host,
+            });
+        }
+        Ok(Channel::new(connected, port, peer))
     }
 
     /// Process ID of the one that runs.
@@ -382,8 +401,8 @@ impl Network {
         let odd = |error: &dyn std::error::Error| Reason::new("connection", chain(error));
         match FromControl::decoded(&packet.body).map_err(|error| odd(&error))? {
             FromControl::Connected(connected) if connected.host == host => {
-                Channel::new(connected, port, &self.identity.trust_domain)
-                    .map_err(|error| odd(&error))
+                let channel = self.channel(connected, port);
+                channel.map_err(|error| Reason::new("identity-refused", chain(&error)))
             }
             FromControl::Ended(told) => Err(Reason::new(&told.code, told.message)),
             _ => Err(odd(&ProtocolError::OutOfBounds("packet"))),

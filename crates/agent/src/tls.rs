@@ -10,14 +10,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use palanquin_trust::{Identity, Kind, PublicKey};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::ClientCertVerifier;
 use rustls::sign::{CertifiedKey, SigningKey, SingleCertAndKey};
 use rustls::{AlertDescription, ClientConfig, Connection, RootCertStore, ServerConfig, version};
 
-use crate::identity::{Identity, IdentityError, Kind};
+use crate::identity::{self, IdentityError};
 
 /// ALPN name of a control connection.
 pub const ALPN_CONTROL: &[u8] = b"palanquin-control/1";
@@ -158,7 +160,24 @@ impl Authenticated {
         self.connection.alpn_protocol() == Some(ALPN_DATA)
     }
 
-    /// Keying material of this connection alone (RFC 8446, section 7.5).
+    /// The certificates that the other end has shown, its own first, DER.
+    pub fn certificates(&self) -> Vec<Vec<u8>> {
+        let shown = self.connection.peer_certificates().unwrap_or_default();
+        shown.iter().map(|der| der.as_ref().to_vec()).collect()
+    }
+
+    /// Keying material of this connection alone (RFC 8446, section 7.5), to which evidence is bound: a quote that was
+    /// made for one connection is of no use on another.
+    ///
+    /// # Errors
+    ///
+    /// The handshake is not complete.
+    pub fn attestation_exporter(&self) -> Result<[u8; 32], rustls::Error> {
+        self.connection
+            .export_keying_material([0; 32], b"EXPORTER-palanquin-attestation", None)
+    }
+
+    /// Keying material of this connection alone (RFC 8446, section 7.5), for its data stream.
     ///
     /// # Errors
     ///
@@ -211,7 +230,7 @@ impl Material {
         let roots = certificates(ca)?;
         let chain = certificates(certificate)?;
         let identity = own_identity(&chain)?;
-        if identity.name != name {
+        if identity.name() != name {
             return Err(TlsError::OwnName {
                 found: identity,
                 expected: name.to_owned(),
@@ -244,11 +263,78 @@ impl Material {
 
 fn own_identity(chain: &[CertificateDer<'_>]) -> Result<Identity, TlsError> {
     let own = chain.first().map_or(&[][..], |leaf| leaf.as_ref());
-    let identity = Identity::of_certificate(own).map_err(TlsError::OwnIdentity)?;
-    match identity.kind {
+    let identity = identity::of_certificate(own).map_err(TlsError::OwnIdentity)?;
+    match identity.kind() {
         Kind::Host => Ok(identity),
-        Kind::Operator => Err(TlsError::NotAHost(identity)),
+        Kind::Operator | Kind::Owner => Err(TlsError::NotAHost(identity)),
     }
+}
+
+/// A host at the other end of a connection, as its certificate says.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// Who it is.
+    pub identity: Identity,
+    /// The key in its certificate; absent where that is of a kind that signs no documents.
+    pub key: Option<PublicKey>,
+}
+
+/// Verifies the certificates of other hosts once more where it matters who they are: what does the handshakes reads from
+/// the network, and is not believed.
+#[derive(Debug)]
+pub struct Peers {
+    verifier: Arc<dyn ClientCertVerifier>,
+    trust_domain: String,
+}
+
+impl Peers {
+    /// Believes the authorities of this host, and hosts of its trust domain.
+    ///
+    /// # Errors
+    ///
+    /// A certificate is not usable.
+    pub fn new(material: &Material) -> Result<Self, TlsError> {
+        Ok(Self {
+            verifier: verifier(&material.roots)?,
+            trust_domain: material.identity.trust_domain().to_owned(),
+        })
+    }
+
+    /// Who has shown these certificates, its own first.
+    ///
+    /// # Errors
+    ///
+    /// No authority of ours vouches for it now, or it is no host of our trust domain.
+    pub fn identify(&self, certificates: &[&[u8]]) -> Result<Peer, TlsError> {
+        let mut ders = certificates.iter().map(|der| CertificateDer::from(*der));
+        let none = TlsError::PeerIdentity(IdentityError::UriCount(0));
+        let leaf = ders.next().ok_or(none)?;
+        let between: Vec<_> = ders.collect();
+        self.verifier
+            .verify_client_cert(&leaf, &between, UnixTime::now())
+            .map_err(TlsError::Handshake)?;
+        let identity = identity::of_certificate(&leaf).map_err(TlsError::PeerIdentity)?;
+        if identity.kind() != Kind::Host || identity.trust_domain() != self.trust_domain {
+            return Err(TlsError::NotAHost(identity));
+        }
+        let key = identity::key_of_certificate(&leaf).ok();
+        Ok(Peer { identity, key })
+    }
+}
+
+fn verifier(roots: &[CertificateDer<'static>]) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
+    let roots = Arc::new(store(roots)?);
+    WebPkiClientVerifier::builder_with_provider(roots, Arc::new(provider()))
+        .build()
+        .map_err(|error| TlsError::Config(rustls::Error::General(error.to_string())))
+}
+
+fn store(roots: &[CertificateDer<'static>]) -> Result<RootCertStore, TlsError> {
+    let mut store = RootCertStore::empty();
+    for root in roots {
+        store.add(root.clone()).map_err(TlsError::Config)?;
+    }
+    Ok(store)
 }
 
 impl Tls {
@@ -263,18 +349,15 @@ impl Tls {
         key: Arc<dyn SigningKey>,
     ) -> Result<Self, TlsError> {
         let identity = own_identity(&chain)?;
-        let mut store = RootCertStore::empty();
-        for root in roots {
-            store.add(root).map_err(TlsError::Config)?;
-        }
-        let roots = Arc::new(store);
+        let verifier = verifier(&roots)?;
+        let roots = Arc::new(store(&roots)?);
         let own = Arc::new(SingleCertAndKey::from(CertifiedKey::new(chain, key)));
         let provider = Arc::new(provider());
         let versions = &[&version::TLS13];
         let mut client = ClientConfig::builder_with_provider(Arc::clone(&provider))
             .with_protocol_versions(versions)
             .map_err(TlsError::Config)?
-            .with_root_certificates(Arc::clone(&roots))
+            .with_root_certificates(roots)
             .with_client_cert_resolver(Arc::clone(&own) as _);
         // Every connection authenticates itself anew.
         client.resumption = rustls::client::Resumption::disabled();
@@ -282,9 +365,6 @@ impl Tls {
         let mut client_data = client.clone();
         client_data.alpn_protocols = vec![ALPN_DATA.to_vec()];
 
-        let verifier = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider))
-            .build()
-            .map_err(|error| TlsError::Config(rustls::Error::General(error.to_string())))?;
         let mut server = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(versions)
             .map_err(TlsError::Config)?
@@ -324,10 +404,10 @@ impl Tls {
         let connection =
             rustls::ClientConnection::new(Arc::clone(config), name).map_err(TlsError::Handshake)?;
         let authenticated = self.handshake(tcp, connection.into())?;
-        if authenticated.peer.name == host {
+        if authenticated.peer.name() == host {
             Ok(authenticated)
         } else {
-            let found = authenticated.peer.name;
+            let found = authenticated.peer.name().to_owned();
             Err(TlsError::OtherHost {
                 found,
                 expected: host.to_owned(),
@@ -375,10 +455,10 @@ impl Tls {
         tcp.set_write_timeout(None).map_err(TlsError::Io)?;
         let leaf = connection.peer_certificates().and_then(<[_]>::first);
         let peer = leaf.map_or(Err(IdentityError::UriCount(0)), |leaf| {
-            Identity::of_certificate(leaf)
+            identity::of_certificate(leaf)
         });
         let peer = peer.map_err(TlsError::PeerIdentity)?;
-        if peer.kind != Kind::Host || peer.trust_domain != self.identity.trust_domain {
+        if peer.kind() != Kind::Host || peer.trust_domain() != self.identity.trust_domain() {
             return Err(TlsError::NotAHost(peer));
         }
         Ok(Authenticated {

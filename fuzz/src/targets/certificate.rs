@@ -1,6 +1,6 @@
 //! Certificates: PEM files, and the name in a certificate.
 
-use palanquin_agent::identity::Identity;
+use palanquin_agent::identity::{key_of_certificate, of_certificate};
 use palanquin_engine::order::is_name;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -103,12 +103,13 @@ fn certificate(uris: &[&str]) -> Vec<u8> {
 
 fn name_in(bytes: &[u8]) {
     let identity = within(bytes.len() * 64 + (64 << 10), || {
-        Identity::of_certificate(bytes)
+        let _ = key_of_certificate(bytes);
+        of_certificate(bytes)
     });
     match identity {
         Ok(identity) => {
-            assert!(is_name(&identity.name));
-            let domain = identity.trust_domain.as_bytes();
+            assert!(is_name(identity.name()));
+            let domain = identity.trust_domain().as_bytes();
             assert!(!domain.is_empty() && domain.is_ascii() && !domain.contains(&b'/'));
             // The certificate says this, and nothing else that could be taken for it.
             let uri = identity.to_string();

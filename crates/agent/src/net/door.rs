@@ -117,7 +117,7 @@ impl Door {
             }
             Err(error) => return self.complain("no handshake", &chain(&error), address),
         };
-        let peer = authenticated.peer.name.clone();
+        let peer = authenticated.peer.name().to_owned();
         debug!(peer, data = authenticated.is_data(), "connected");
         let socket = match authenticated.tcp.try_clone() {
             Ok(socket) => socket,

@@ -246,9 +246,11 @@ impl Process {
         lock(&self.controls).insert(id, Arc::clone(wire));
         let connected = Connected {
             id,
-            host: wire.peer.name.clone(),
+            host: wire.peer.name().to_owned(),
             cipher: wire.cipher.clone(),
             key_exchange: wire.key_exchange.clone(),
+            certificates: wire.certificates.iter().cloned().map(Into::into).collect(),
+            exporter: wire.exporter,
         };
         (id, connected)
     }

@@ -15,6 +15,9 @@ const WORD_MAX: usize = 255;
 const TEXT_MAX: usize = 4096;
 /// Bytes of an encoded block.
 const BLOCK_BYTES: usize = 38;
+/// Most certificates that a host shows, and most bytes of all of them.
+const CHAIN_MAX: usize = 8;
+const CHAIN_BYTES_MAX: usize = 32 * 1024;
 /// Most entries of a list that the network process tells.
 const LIST_MAX: usize = 1 << 16;
 
@@ -193,6 +196,12 @@ pub struct Connected {
     /// Key agreement.
     #[n(3)]
     pub key_exchange: String,
+    /// The certificates that it has shown, its own first, DER.
+    #[n(4)]
+    pub certificates: Vec<ByteVec>,
+    /// Keying material of this connection alone, for evidence.
+    #[cbor(n(5), with = "minicbor::bytes")]
+    pub exporter: [u8; 32],
 }
 
 /// What is to be signed.
@@ -496,7 +505,10 @@ impl Told {
 impl Connected {
     fn check(&self) -> Result<(), ProtocolError> {
         let words = [&self.host, &self.cipher, &self.key_exchange];
-        bound(words.iter().all(|word| word.len() <= WORD_MAX), "name")
+        bound(words.iter().all(|word| word.len() <= WORD_MAX), "name")?;
+        let bytes: usize = self.certificates.iter().map(|der| der.len()).sum();
+        let fits = self.certificates.len() <= CHAIN_MAX && bytes <= CHAIN_BYTES_MAX;
+        bound(fits, "chain of certificates")
     }
 }
 
@@ -686,14 +698,18 @@ mod tests {
     }
 
     fn connected() -> impl Strategy<Value = Connected> {
-        (any::<u64>(), text(), text(), text()).prop_map(|(id, host, cipher, key_exchange)| {
-            Connected {
+        let certificates = proptest::collection::vec(bytes(), 0..4);
+        let words = (text(), text(), text());
+        (any::<u64>(), words, certificates, any::<[u8; 32]>()).prop_map(
+            |(id, (host, cipher, key_exchange), certificates, exporter)| Connected {
                 id,
                 host,
                 cipher,
                 key_exchange,
-            }
-        })
+                certificates,
+                exporter,
+            },
+        )
     }
 
     fn from_receiving() -> impl Strategy<Value = FromReceiving> {

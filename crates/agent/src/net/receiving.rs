@@ -247,7 +247,7 @@ impl Receiving {
     fn try_admit(&self, stream: Authenticated, opening: Opening) -> Result<(), &'static str> {
         let mut slot = lock(&self.expected);
         let expected = slot.as_mut().ok_or("no streams are expected now")?;
-        if stream.peer.name != self.host {
+        if stream.peer.name() != self.host {
             return Err("it comes from another host than the migration");
         }
         let place = expected.streams.get_mut(usize::from(opening.index));

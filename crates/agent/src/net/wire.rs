@@ -11,9 +11,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use palanquin_engine::{Message, MessageError};
+use palanquin_trust::Identity;
 use rustls::Connection;
 
-use crate::identity::Identity;
 use crate::tls::Authenticated;
 
 /// Longest time for the other end to take what we send.
@@ -46,6 +46,10 @@ pub struct WireChannel {
     pub cipher: String,
     /// Name of the key agreement.
     pub key_exchange: String,
+    /// The certificates that the other end has shown, its own first, DER.
+    pub certificates: Vec<Vec<u8>>,
+    /// Keying material of this connection alone, to which evidence is bound (RFC 8446, section 7.5).
+    pub exporter: [u8; 32],
     tcp: TcpStream,
     tls: Mutex<Connection>,
     /// Set while `tls` is locked.
@@ -66,6 +70,10 @@ impl WireChannel {
     /// The socket is broken already.
     pub fn new(authenticated: Authenticated) -> io::Result<Self> {
         let (cipher, key_exchange) = (authenticated.cipher(), authenticated.key_exchange());
+        let certificates = authenticated.certificates();
+        let exporter = authenticated
+            .attestation_exporter()
+            .map_err(io::Error::other)?;
         let Authenticated {
             tcp,
             mut connection,
@@ -85,6 +93,8 @@ impl WireChannel {
             peer,
             cipher,
             key_exchange,
+            certificates,
+            exporter,
             tcp,
             tls: Mutex::new(connection),
             closed: AtomicBool::new(false),

@@ -20,6 +20,7 @@ use tracing::error;
 use uuid::Uuid;
 
 use crate::destination_session::{DestinationEvent, DestinationSession};
+use crate::gate::Gatekeeper;
 use crate::network::Network;
 use crate::source_session::{SourceEvent, SourceSession};
 use crate::store::{Store, StoreError, StoredVm};
@@ -46,6 +47,8 @@ pub struct Agent {
     pub store: Store,
     /// The hypervisor.
     pub hypervisor: Arc<dyn Hypervisor>,
+    /// Who may have what done.
+    pub gate: Gatekeeper,
     origin: Instant,
     vms: Mutex<HashMap<VmId, Entry>>,
     migrations: Mutex<HashMap<MigrationId, Arc<Tracked>>>,
@@ -62,12 +65,14 @@ impl Agent {
         network: Arc<Network>,
         store: Store,
         hypervisor: Arc<dyn Hypervisor>,
+        gate: Gatekeeper,
     ) -> Arc<Self> {
         Arc::new(Self {
             config,
             network,
             store,
             hypervisor,
+            gate,
             origin: Instant::now(),
             vms: Mutex::default(),
             migrations: Mutex::default(),
@@ -210,6 +215,7 @@ impl Agent {
             adopted: stored.adopted,
             console: console.exists().then(|| console.display().to_string()),
             migration: entry.migration.map(|id| Uuid::from_bytes(id.0)),
+            passport: self.passport_info(stored.id),
         }
     }
 

@@ -28,6 +28,7 @@ use crate::agent::Agent;
 use crate::chain::chain;
 use crate::channel::Channel;
 use crate::fail_point::{fail_point, fail_point_at, fail_point_record};
+use crate::gate::{Bringer, InClearance, told_reason, wire_blockers};
 use crate::net::protocol::Incoming;
 use crate::streams_in::{InEvent, InStreams, Pending, StreamsError};
 use crate::tracked::{Tracked, api_error, ms};
@@ -112,6 +113,8 @@ pub struct DestinationSession {
     delivered: usize,
     round: u32,
     began: Time,
+    /// That the VM may come; absent where nothing is judged, and after a restart.
+    clearance: Option<InClearance>,
 }
 
 impl DestinationSession {
@@ -157,6 +160,7 @@ impl DestinationSession {
             delivered: 0,
             round: 0,
             began: agent.now(),
+            clearance: None,
         })
     }
 
@@ -211,6 +215,7 @@ impl DestinationSession {
             delivered: 0,
             round: 0,
             began: agent.now(),
+            clearance: None,
         };
         session.watch(vm);
         if let Err(reason) = session.make_streams() {
@@ -290,7 +295,7 @@ impl DestinationSession {
                 self.ram = Some(ram);
                 let done = DestinationDone::Reserved {
                     post_copy,
-                    evidence: Vec::new(),
+                    evidence: self.agent.gate.evidence(),
                 };
                 self.engine.handle_done(now, op, Ok(done));
             }
@@ -328,16 +333,7 @@ impl DestinationSession {
     fn execute(&mut self, action: DestinationAction) {
         match action {
             DestinationAction::Send(message) => self.send(&message),
-            DestinationAction::ConsultLedger(offer) => {
-                let now = self.agent.now();
-                match self.agent.ledger(&offer.order, &self.peer) {
-                    Ok(ledger) => self.engine.handle_ledger(now, &ledger),
-                    Err(error) => {
-                        let reason = Reason::new("journal", chain(&error));
-                        self.engine.handle_connection_lost(now, reason);
-                    }
-                }
-            }
+            DestinationAction::ConsultLedger(offer) => self.consult(&offer),
             DestinationAction::Journal(op, record) => self.journal(op, &record),
             DestinationAction::Reserve(op, offer) => {
                 self.worker.give(ContainerJob::Reserve(op, Box::new(offer)));
@@ -364,10 +360,7 @@ impl DestinationSession {
                     self.report(op, Err(failure));
                 }
             }
-            // Nothing is configured that this host would say about itself.
-            DestinationAction::Attest { op, .. } => {
-                self.report(op, Ok(DestinationDone::Attested(Vec::new())));
-            }
+            DestinationAction::Attest { op, .. } => self.attest(op),
             DestinationAction::TellReceived => {
                 if let Err(error) = self.tell_received() {
                     let now = self.agent.now();
@@ -447,6 +440,52 @@ impl DestinationSession {
             }
             // Taken out by the caller.
             DestinationAction::Finish(_) => {}
+        }
+    }
+
+    /// What is known about an order, and what the gates of this host say to its offer.
+    fn consult(&mut self, offer: &Offer) {
+        let now = self.agent.now();
+        let ledger = self.agent.ledger(&offer.order, &self.peer);
+        let (mut ledger, channel) = match (ledger, self.channel()) {
+            (Ok(ledger), Some(channel)) => (ledger, channel),
+            (Err(error), _) => {
+                let reason = Reason::new("journal", chain(&error));
+                return self.engine.handle_connection_lost(now, reason);
+            }
+            (_, None) => {
+                let reason = Reason::new("connection-lost", "the source is gone");
+                return self.engine.handle_connection_lost(now, reason);
+            }
+        };
+        let bringer = Bringer {
+            identity: &channel.peer,
+            key: channel.peer_key.as_ref(),
+        };
+        match self.agent.clear_in(offer, bringer, false) {
+            Ok(clearance) => {
+                let operator = clearance.as_ref().map(|c| c.operator().to_string());
+                self.tracked.update(|info| info.operator = operator);
+                self.clearance = clearance;
+            }
+            Err(reasons) => ledger.refusals = wire_blockers(&reasons),
+        }
+        self.engine.handle_ledger(now, &ledger);
+    }
+
+    /// The VM is being paused: what was permitted has to hold still, and the source is told what this host is.
+    fn attest(&mut self, op: Op) {
+        let Some(order) = self.engine.order() else {
+            return self.report(op, Err(missing("order")));
+        };
+        match self.agent.judge_arrival(self.clearance.as_mut(), order) {
+            Ok(()) => {
+                let evidence = self.agent.gate.evidence();
+                self.report(op, Ok(DestinationDone::Attested(evidence)));
+            }
+            // The source is told why, and ends it. If it does not, this is never attested, so that it can't commit, and the
+            // engine's time for it runs out. Ending it here would break the streams, before it has heard the reason.
+            Err(reasons) => self.send(&Message::Abort(told_reason(&reasons))),
         }
     }
 

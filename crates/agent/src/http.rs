@@ -1,7 +1,8 @@
 //! The control and observe sockets.
 //!
 //! Two UNIX sockets, because what observes must not control: the observe socket has no route that changes
-//! anything, and everybody on the host may read it. The control socket is for root and the agent's own user.
+//! anything, and everybody on the host may read it. The control socket is for root, the agent's own user, and whom the
+//! configuration names as operators.
 
 use std::convert::Infallible;
 use std::io;
@@ -10,15 +11,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{DefaultBodyLimit, Path as UrlPath, Query, State};
+use axum::extract::connect_info::Connected;
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Path as UrlPath, Query, State};
 use axum::http::StatusCode;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::serve::IncomingStream;
 use axum::{Json, Router};
 use palanquin_api::control::{
-    AdoptVm, ApiError, DoctorRequest, ErrorKind, MigrationInfo, ResolveMigration, RunVm,
-    StartMigration,
+    AdoptVm, ApiError, DoctorRequest, ErrorKind, GivePassport, MigrationInfo, ResolveMigration,
+    RunVm, StartMigration,
 };
 use serde::Deserialize;
 use serde_json::Value;
@@ -26,6 +29,7 @@ use tokio::net::{UnixListener, UnixStream};
 use uuid::Uuid;
 
 use crate::agent::Agent;
+use crate::gate::Caller;
 use crate::metrics;
 use crate::operations::error;
 
@@ -86,6 +90,7 @@ struct Watch {
 }
 
 type Shared = State<Arc<Agent>>;
+type Asks = ConnectInfo<Caller>;
 
 fn readable() -> Router<Arc<Agent>> {
     Router::new()
@@ -128,6 +133,8 @@ fn control(agent: Arc<Agent>) -> Router {
         .route("/v1/vms/adopt", post(adopt_vm))
         .route("/v1/vms/{name}", get(show_vm))
         .route("/v1/vms/{name}/stop", post(stop_vm))
+        .route("/v1/vms/{name}/passport", post(give_passport))
+        .route("/v1/decisions", get(list_decisions))
         .route("/v1/migrations", post(start_migration))
         .route("/v1/migrations/{id}", get(show_migration))
         .route("/v1/migrations/{id}/watch", get(watch_migration))
@@ -159,27 +166,66 @@ async fn nowhere() -> Failed {
     ))
 }
 
-async fn run_vm(State(agent): Shared, bytes: axum::body::Bytes) -> Answer {
+async fn run_vm(
+    State(agent): Shared,
+    ConnectInfo(caller): Asks,
+    bytes: axum::body::Bytes,
+) -> Answer {
     let request: RunVm = body(&bytes)?;
-    blocking(move || agent.run_vm(&request.spec)).await
+    blocking(move || {
+        let passport = request.passport.as_ref().map(|passport| &passport.0[..]);
+        agent.run_vm(&request.spec, passport, caller)
+    })
+    .await
 }
 
-async fn adopt_vm(State(agent): Shared, bytes: axum::body::Bytes) -> Answer {
+async fn adopt_vm(
+    State(agent): Shared,
+    ConnectInfo(caller): Asks,
+    bytes: axum::body::Bytes,
+) -> Answer {
     let request: AdoptVm = body(&bytes)?;
-    blocking(move || agent.adopt_vm(&request.name, request.pid, Path::new(&request.qmp))).await
+    blocking(move || {
+        let passport = request.passport.as_ref().map(|passport| &passport.0[..]);
+        let qmp = Path::new(&request.qmp);
+        agent.adopt_vm(&request.name, request.pid, qmp, passport, caller)
+    })
+    .await
+}
+
+async fn give_passport(
+    State(agent): Shared,
+    ConnectInfo(caller): Asks,
+    UrlPath(name): UrlPath<String>,
+    bytes: axum::body::Bytes,
+) -> Answer {
+    let request: GivePassport = body(&bytes)?;
+    blocking(move || agent.give_passport(&name, &request.passport.0, caller)).await
+}
+
+async fn list_decisions(State(agent): Shared) -> Answer {
+    blocking(move || agent.decisions()).await
 }
 
 async fn show_vm(State(agent): Shared, UrlPath(name): UrlPath<String>) -> Answer {
     blocking(move || agent.show_vm(&name)).await
 }
 
-async fn stop_vm(State(agent): Shared, UrlPath(name): UrlPath<String>) -> Answer {
-    blocking(move || agent.stop_vm(&name)).await
+async fn stop_vm(
+    State(agent): Shared,
+    ConnectInfo(caller): Asks,
+    UrlPath(name): UrlPath<String>,
+) -> Answer {
+    blocking(move || agent.stop_vm(&name, caller)).await
 }
 
-async fn start_migration(State(agent): Shared, bytes: axum::body::Bytes) -> Answer {
+async fn start_migration(
+    State(agent): Shared,
+    ConnectInfo(caller): Asks,
+    bytes: axum::body::Bytes,
+) -> Answer {
     let request: StartMigration = body(&bytes)?;
-    blocking(move || agent.start_migration(&request)).await
+    blocking(move || agent.start_migration(&request, caller)).await
 }
 
 async fn show_migration(State(agent): Shared, UrlPath(id): UrlPath<Uuid>) -> Answer {
@@ -199,22 +245,31 @@ async fn watch_migration(
     .await
 }
 
-async fn abort_migration(State(agent): Shared, UrlPath(id): UrlPath<Uuid>) -> Answer {
-    blocking(move || agent.abort_migration(id)).await
+async fn abort_migration(
+    State(agent): Shared,
+    ConnectInfo(caller): Asks,
+    UrlPath(id): UrlPath<Uuid>,
+) -> Answer {
+    blocking(move || agent.abort_migration(id, caller)).await
 }
 
 async fn resolve_migration(
     State(agent): Shared,
+    ConnectInfo(caller): Asks,
     UrlPath(id): UrlPath<Uuid>,
     bytes: axum::body::Bytes,
 ) -> Answer {
     let request: ResolveMigration = body(&bytes)?;
-    blocking(move || agent.resolve_migration(id, &request)).await
+    blocking(move || agent.resolve_migration(id, &request, caller)).await
 }
 
-async fn doctor(State(agent): Shared, bytes: axum::body::Bytes) -> Answer {
+async fn doctor(
+    State(agent): Shared,
+    ConnectInfo(caller): Asks,
+    bytes: axum::body::Bytes,
+) -> Answer {
     let request: DoctorRequest = body(&bytes)?;
-    blocking(move || agent.doctor(&request)).await
+    blocking(move || agent.doctor(&request, caller)).await
 }
 
 /// Every migration whenever it has changed.
@@ -249,8 +304,16 @@ async fn events(
 /// A UNIX socket that serves only some users.
 struct Door {
     listener: UnixListener,
-    /// Whether only root and our own user may enter.
-    guarded: bool,
+    /// Whose gates say who may enter beside root and our own user; without, everybody may.
+    guarded: Option<Arc<Agent>>,
+}
+
+impl Connected<IncomingStream<'_, Door>> for Caller {
+    fn connect_info(stream: IncomingStream<'_, Door>) -> Self {
+        // Nobody without credentials gets through a guarded door.
+        let uid = stream.io().peer_cred().map_or(u32::MAX, |peer| peer.uid());
+        Self { uid }
+    }
 }
 
 impl axum::serve::Listener for Door {
@@ -264,8 +327,7 @@ impl axum::serve::Listener for Door {
                     let own = rustix::process::geteuid().as_raw();
                     let uid = stream.peer_cred().map(|peer| peer.uid());
                     match uid {
-                        _ if !self.guarded => return (stream, address),
-                        Ok(uid) if uid == 0 || uid == own => return (stream, address),
+                        Ok(uid) if self.admits(uid, own) => return (stream, address),
                         Ok(uid) => {
                             tracing::warn!(uid, "a user who may not control was turned away");
                         }
@@ -287,7 +349,16 @@ impl axum::serve::Listener for Door {
     }
 }
 
-fn open(path: &Path, mode: u32, guarded: bool) -> io::Result<Door> {
+impl Door {
+    fn admits(&self, uid: u32, own: u32) -> bool {
+        let Some(agent) = &self.guarded else {
+            return true;
+        };
+        uid == 0 || uid == own || agent.gate.may_enter(uid)
+    }
+}
+
+fn open(path: &Path, mode: u32, guarded: Option<Arc<Agent>>) -> io::Result<Door> {
     match std::fs::remove_file(path) {
         Err(problem) if problem.kind() != io::ErrorKind::NotFound => return Err(problem),
         _ => {}
@@ -314,9 +385,16 @@ pub fn observe_path(runtime_dir: &Path) -> PathBuf {
 /// A socket can't be made.
 pub async fn serve(agent: &Arc<Agent>, stop: impl Future<Output = ()>) -> io::Result<()> {
     let dir = &agent.config.runtime_dir;
-    let control_door = open(&control_path(dir), 0o660, true)?;
-    let observe_door = open(&observe_path(dir), 0o666, false)?;
-    let control = axum::serve(control_door, control(Arc::clone(agent))).into_future();
+    // Where local users are operators, it is the door that looks at them.
+    let mode = if agent.gate.has_local_operators() {
+        0o666
+    } else {
+        0o660
+    };
+    let control_door = open(&control_path(dir), mode, Some(Arc::clone(agent)))?;
+    let observe_door = open(&observe_path(dir), 0o666, None)?;
+    let asks = control(Arc::clone(agent)).into_make_service_with_connect_info::<Caller>();
+    let control = axum::serve(control_door, asks).into_future();
     let observe = axum::serve(observe_door, observe(Arc::clone(agent))).into_future();
     let (control, observe) = (tokio::spawn(control), tokio::spawn(observe));
     tracing::info!(control = %control_path(dir).display(), "ready");

@@ -28,6 +28,7 @@ use crate::crowd::{Complaints, Crowd, Place};
 use crate::destination_session::{
     DestinationEvent, DestinationSession, descriptor_of, wire_blocker,
 };
+use crate::gate::{Bringer, wire_blockers};
 use crate::net::protocol::Listen;
 use crate::recovery;
 use crate::tls::HANDSHAKE_DEADLINE;
@@ -165,7 +166,7 @@ fn converse(
                 channel.send(&Message::Verdict(verdict))?;
             }
             Message::Check(offer) => {
-                let blockers = check(agent, &offer, channel.peer.name());
+                let blockers = check(agent, &offer, channel);
                 channel.send(&Message::CheckReply(blockers))?;
             }
             Message::Offer(offer) => {
@@ -186,9 +187,9 @@ fn out_of_turn(channel: &Channel, what: &str) -> Result<(), ChannelError> {
 }
 
 /// What would stand in the way of an offer.
-fn check(agent: &Agent, offer: &Offer, peer: &str) -> Vec<WireBlocker> {
+fn check(agent: &Agent, offer: &Offer, channel: &Channel) -> Vec<WireBlocker> {
     let mut blockers = Vec::new();
-    match agent.ledger(&offer.order, peer) {
+    match agent.ledger(&offer.order, channel.peer.name()) {
         Ok(ledger) => {
             if let Err(error) = offer.order.judge(&ledger) {
                 blockers.push(error.into());
@@ -200,6 +201,13 @@ fn check(agent: &Agent, offer: &Offer, peer: &str) -> Vec<WireBlocker> {
             remedy: "Look at the log of the destination's agent.".to_owned(),
         }),
     }
+    let bringer = Bringer {
+        identity: &channel.peer,
+        key: channel.peer_key.as_ref(),
+    };
+    if let Err(reasons) = agent.clear_in(offer, bringer, true) {
+        blockers.extend(wire_blockers(&reasons));
+    }
     match descriptor_of(offer) {
         Ok(descriptor) => {
             let available = agent.memory_for(offer.order.migration).unwrap_or(0);
@@ -209,7 +217,7 @@ fn check(agent: &Agent, offer: &Offer, peer: &str) -> Vec<WireBlocker> {
         Err(blocker) => blockers.push(blocker),
     }
     blockers.truncate(palanquin_engine::message::BLOCKERS_MAX);
-    blockers
+    blockers.into_iter().map(WireBlocker::cut).collect()
 }
 
 /// What a source that asks gets.
@@ -294,7 +302,7 @@ fn arrive(
     if let Ok(ledger) = agent.ledger(&order, channel.peer.name())
         && let Err(error) = order.judge(&ledger)
     {
-        return refuse(channel, &order, error);
+        return refuse(agent, channel, &order, error);
     }
     let mut secret = StreamSecret([0; 32]);
     if rand::fill(&mut secret.0).is_err() {
@@ -328,7 +336,7 @@ fn arrive(
         Some(Session::Destination(sender.clone())),
     ));
     if !agent.track_new(order.migration, &tracked) {
-        return refuse(channel, &order, OrderError::Replayed);
+        return refuse(agent, channel, &order, OrderError::Replayed);
     }
     let session = DestinationSession::new(agent, engine, &offer, channel, &tracked, sender.clone());
     let session = session.inspect_err(|_| agent.untrack(order.migration))?;
@@ -344,12 +352,19 @@ fn arrive(
 }
 
 /// Says why an order is not taken; nothing of it stays.
-fn refuse(channel: &Channel, order: &Order, error: OrderError) -> Result<(), ChannelError> {
+fn refuse(
+    agent: &Agent,
+    channel: &Channel,
+    order: &Order,
+    error: OrderError,
+) -> Result<(), ChannelError> {
     warn!(peer = %channel.peer, migration = %order.migration, code = error.code(), %error, "an order was refused");
-    channel.send(&Message::Refused(Refused {
-        by_gate: error.is_refusal(),
-        blockers: vec![error.into()],
-    }))?;
+    let by_gate = error.is_refusal();
+    let blockers = vec![error.into()];
+    if by_gate && agent.gate.judges() {
+        agent.note_refused_order(order, &channel.peer.to_string(), &blockers);
+    }
+    channel.send(&Message::Refused(Refused { by_gate, blockers }))?;
     channel.close();
     Ok(())
 }

@@ -12,6 +12,8 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use palanquin_agent::agent::Agent;
 use palanquin_agent::chain::chain;
+use palanquin_agent::gate::{Gatekeeper, HostSigner};
+use palanquin_agent::identity::key_of_certificate;
 use palanquin_agent::net::process::{self, ARGUMENT};
 use palanquin_agent::network::{Network, Settings};
 use palanquin_agent::store::Store;
@@ -168,6 +170,26 @@ fn network_settings(config: &AgentConfig, log_json: bool) -> Result<Settings> {
     })
 }
 
+/// Who judges, by what the configuration names.
+fn gatekeeper(config: &AgentConfig, material: &Material) -> Result<Gatekeeper> {
+    let leaf = material.chain.first().map_or(&[][..], |leaf| leaf.as_ref());
+    let public = key_of_certificate(leaf).ok();
+    let signer = public.map(|public| HostSigner::new(Arc::clone(&material.key), public));
+    let gate = Gatekeeper::new(config, material.identity.clone(), signer)
+        .context("`[trust]` is not usable")?;
+    match gate.info() {
+        Some(trust) => tracing::info!(
+            version = trust.policy_version,
+            sha256 = trust.policy_sha256,
+            "policies decide who may move what"
+        ),
+        None => tracing::warn!(
+            "`[trust]` is not configured: nothing is judged, and every host of this trust domain may bring VMs"
+        ),
+    }
+    Ok(gate)
+}
+
 fn run(arguments: &Arguments) -> Result<()> {
     // Also for the network process, which inherits it.
     allow_open_files();
@@ -216,10 +238,11 @@ fn run(arguments: &Arguments) -> Result<()> {
             "hypervisors have privileges that they should not have"
         );
     }
+    let gate = gatekeeper(&config, &material)?;
     let settings = network_settings(&config, arguments.log_json)?;
     let network =
         Network::start(settings, material).context("there is no process to talk to other hosts")?;
-    let agent = Agent::new(config, network, store, Arc::new(qemu));
+    let agent = Agent::new(config, network, store, Arc::new(qemu), gate);
     recovery::recover(&agent).context("the state of this host cannot be recovered")?;
     listener::start(&agent, socket);
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -231,6 +254,15 @@ fn run(arguments: &Arguments) -> Result<()> {
         .block_on(async {
             let mut terminate = signal(SignalKind::terminate())?;
             let mut interrupt = signal(SignalKind::interrupt())?;
+            let mut hangup = signal(SignalKind::hangup())?;
+            let reloading = Arc::clone(&agent);
+            tokio::spawn(async move {
+                while hangup.recv().await.is_some() {
+                    let agent = Arc::clone(&reloading);
+                    // It reads files; a panic in it is logged by whoever joins nothing.
+                    let _ = tokio::task::spawn_blocking(move || agent.gate.reload()).await;
+                }
+            });
             let stop = async {
                 tokio::select! {
                     _ = terminate.recv() => {}

@@ -80,6 +80,23 @@ pub fn render(agent: &Agent) -> String {
         "Migrations that have ended.",
         &samples,
     );
+    let judges = u64::from(agent.gate.judges());
+    family(
+        "palanquin_trust_configured",
+        "gauge",
+        "Whether policies and passports are asked: 0 where everything is let through.",
+        &[(String::new(), judges)],
+    );
+    let (permitted, refused) = agent.gate.decided();
+    family(
+        "palanquin_decisions_total",
+        "counter",
+        "What the gates have decided since the start.",
+        &[
+            ("{permitted=\"true\"}".to_owned(), permitted),
+            ("{permitted=\"false\"}".to_owned(), refused),
+        ],
+    );
     let help = "Bytes sent to destinations.";
     family(
         "palanquin_wire_bytes_total",

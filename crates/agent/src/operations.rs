@@ -1,5 +1,7 @@
 //! What operators may ask of the agent. Everything here blocks.
 
+mod doctor;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -7,31 +9,31 @@ use std::time::Duration;
 
 use aws_lc_rs::rand;
 use palanquin_api::control::{
-    AbortAnswer, AbortOutcome, Allow, ApiError, Blocker, DoctorReport, DoctorRequest, ErrorKind,
-    HostInfo, MigrationInfo, OperatorAssertion, Outcome, Phase, ResolveMigration, Side,
-    StartMigration, Strategy, VmInfo,
+    AbortAnswer, AbortOutcome, Allow, ApiError, Blocker, ErrorKind, HostInfo, MigrationInfo,
+    OperatorAssertion, Outcome, Phase, ResolveMigration, Side, StartMigration, Strategy, VmInfo,
 };
 use palanquin_api::vm_spec::{Accel, VmSpec};
 use palanquin_engine::convergence::Limits;
-use palanquin_engine::message::{Hello, Offer, Reason, Verdict};
+use palanquin_engine::message::{Offer, Reason, Verdict};
 use palanquin_engine::order::is_name;
 use palanquin_engine::pages::{PAGE_BYTES, RamLayout};
 use palanquin_engine::source::{AbortDisposition, SourceConfig};
 use palanquin_engine::strategy::{Allowed, PostCopyUse};
 use palanquin_engine::time::Timing;
-use palanquin_engine::{Message, MigrationId, Order, Source, VmId};
+use palanquin_engine::{MigrationId, Order, Source, VmId};
 use palanquin_host::facts;
 use palanquin_host::vm::{Disk, Machine, Network, Obstacle, RunState, Vm};
+use palanquin_trust::Action;
 use uuid::Uuid;
 
 use crate::agent::{Agent, Entry};
 use crate::chain::chain;
 use crate::challenge;
-use crate::dial::dial;
 use crate::fail_point::fail_point;
+use crate::gate::{Adoption, Caller, Leaving, Subject, Turn};
 use crate::source_session::{SourceEvent, SourceParams};
 use crate::store::StoredVm;
-use crate::tracked::{Session, api_blocker, info_of};
+use crate::tracked::{Session, info_of};
 
 /// Data streams where none are asked for: one for each CPU that this agent may use, within these bounds. More than four
 /// outrun any link that a host has, and take CPUs from its VMs.
@@ -43,7 +45,7 @@ const ABORT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest wait for the destination's answer once it is too late to abort.
 const TOO_LATE_TIMEOUT: Duration = Duration::from_secs(5);
 
-type Answer<T> = Result<T, ApiError>;
+pub(crate) type Answer<T> = Result<T, ApiError>;
 
 /// An error for operators.
 pub fn error(kind: ErrorKind, message: impl Into<String>, hint: Option<&str>) -> ApiError {
@@ -56,7 +58,7 @@ pub fn error(kind: ErrorKind, message: impl Into<String>, hint: Option<&str>) ->
     }
 }
 
-fn internal(message: &str, cause: &dyn std::error::Error) -> ApiError {
+pub(crate) fn internal(message: &str, cause: &dyn std::error::Error) -> ApiError {
     ApiError {
         causes: vec![chain(cause)],
         ..error(ErrorKind::Internal, message, None)
@@ -71,6 +73,7 @@ fn blocker(side: Side, obstacle: Obstacle) -> Blocker {
     } = obstacle;
     Blocker {
         side,
+        gate: None,
         code,
         message,
         remedy,
@@ -122,10 +125,11 @@ impl Agent {
             peers: self.config.hosts.keys().cloned().collect(),
             network_pid: self.network.pid(),
             unconfined: self.unconfined(),
+            trust: self.gate.info(),
         })
     }
 
-    fn named(&self, name: &str) -> Answer<Entry> {
+    pub(crate) fn named(&self, name: &str) -> Answer<Entry> {
         self.entry(name).ok_or_else(|| {
             let hint = "`palanquin vm ls` lists the VMs of this host";
             error(
@@ -171,8 +175,8 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// The specification makes no sense, its name is taken, or QEMU does not start.
-    pub fn run_vm(&self, spec: &VmSpec) -> Answer<VmInfo> {
+    /// The specification makes no sense, its name is taken, a gate refuses, or QEMU does not start.
+    pub fn run_vm(&self, spec: &VmSpec, passport: Option<&[u8]>, caller: Caller) -> Answer<VmInfo> {
         self.free_name(&spec.name)?;
         let violations = spec.validate();
         if !violations.is_empty() {
@@ -180,7 +184,42 @@ impl Agent {
             error.causes = violations.iter().map(ToString::to_string).collect();
             return Err(error);
         }
-        let uuid = spec.uuid.map_or_else(new_uuid, Ok)?;
+        let adoption = self.clear_adoption(caller, &spec.name, passport)?;
+        let uuid = self.new_vm(spec.uuid, &adoption)?;
+        let id = VmId(*uuid.as_bytes());
+        let machine = machine_of(spec, uuid);
+        let dir = self.vm_dir(id);
+        let vm = self.hypervisor.spawn(&machine, &dir).map_err(|problem| {
+            let mut error = internal("the VM does not start", &problem);
+            error.kind = ErrorKind::Blocked;
+            error
+        })?;
+        let taken = self
+            .adopted(&adoption)
+            .and_then(|()| self.adopt_entry(&vm, id, &spec.name, false, spec.memory.total_bytes()));
+        taken.inspect_err(|_| {
+            if let Err(problem) = vm.terminate() {
+                let problem = chain(&problem);
+                tracing::error!(problem, "a VM that is not recorded does not end");
+            }
+        })
+    }
+
+    /// Identity of a VM that begins here: that of its passport, that of its specification, or a new one.
+    fn new_vm(&self, specified: Option<Uuid>, adoption: &Adoption) -> Answer<Uuid> {
+        let uuid = match (specified, adoption.vm()) {
+            (Some(specified), Some(passport)) if specified != passport => {
+                return Err(error(
+                    ErrorKind::Usage,
+                    format!(
+                        "the passport is of VM {passport}, the specification of VM {specified}"
+                    ),
+                    Some("leave `uuid` out of the specification, or give the passport of this VM"),
+                ));
+            }
+            (Some(uuid), _) | (None, Some(uuid)) => uuid,
+            (None, None) => new_uuid()?,
+        };
         let id = VmId(*uuid.as_bytes());
         if self.entries().iter().any(|entry| entry.stored.id == id) {
             return Err(error(
@@ -189,24 +228,25 @@ impl Agent {
                 None,
             ));
         }
-        let machine = machine_of(spec, uuid);
-        let dir = self.vm_dir(id);
-        let vm = self.hypervisor.spawn(&machine, &dir).map_err(|problem| {
-            let mut error = internal("the VM does not start", &problem);
-            error.kind = ErrorKind::Blocked;
-            error
-        })?;
-        self.adopt_entry(&vm, id, &spec.name, false, spec.memory.total_bytes())
+        Ok(uuid)
     }
 
     /// Takes over a running QEMU.
     ///
     /// # Errors
     ///
-    /// It can't be reached, or its name or identity is taken.
-    pub fn adopt_vm(&self, name: &str, pid: u32, qmp: &Path) -> Answer<VmInfo> {
+    /// It can't be reached, its name or identity is taken, or a gate refuses.
+    pub fn adopt_vm(
+        &self,
+        name: &str,
+        pid: u32,
+        qmp: &Path,
+        passport: Option<&[u8]>,
+        caller: Caller,
+    ) -> Answer<VmInfo> {
         self.free_name(name)?;
-        let uuid = new_uuid()?;
+        let adoption = self.clear_adoption(caller, name, passport)?;
+        let uuid = self.new_vm(None, &adoption)?;
         let id = VmId(*uuid.as_bytes());
         let vm = self.hypervisor.adopt(pid, qmp, &self.vm_dir(id)).map_err(|problem| {
             let mut error = internal("that QEMU can't be adopted", &problem);
@@ -220,6 +260,7 @@ impl Agent {
         let regions = vm
             .ram()
             .map(|ram| ram.regions().iter().map(|r| r.size_bytes).sum());
+        self.adopted(&adoption)?;
         self.adopt_entry(&vm, id, name, true, regions.unwrap_or(0))
     }
 
@@ -245,15 +286,7 @@ impl Agent {
         });
         let stored = match stored {
             Ok(stored) => stored,
-            Err(problem) => {
-                if !adopted && let Err(problem) = vm.terminate() {
-                    tracing::error!(
-                        problem = chain(&problem),
-                        "a VM that is not recorded does not end"
-                    );
-                }
-                return Err(internal("the VM can't be recorded", &problem));
-            }
+            Err(problem) => return Err(internal("the VM can't be recorded", &problem)),
         };
         let entry = Entry {
             stored,
@@ -269,9 +302,10 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// There is none of that name, a migration works on it, or it does not end.
-    pub fn stop_vm(&self, name: &str) -> Answer<VmInfo> {
+    /// There is none of that name, a migration works on it, a gate refuses, or it does not end.
+    pub fn stop_vm(&self, name: &str, caller: Caller) -> Answer<VmInfo> {
         let mut entry = self.named(name)?;
+        self.clear_erasure(caller, Uuid::from_bytes(entry.stored.id.0), name)?;
         let pulling = entry.migration.and_then(|id| self.migration(id));
         let pulling = pulling.filter(|tracked| {
             let info = tracked.info();
@@ -312,8 +346,12 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// The request makes no sense, or something on this host stands in its way.
-    pub fn start_migration(self: &Arc<Self>, request: &StartMigration) -> Answer<MigrationInfo> {
+    /// The request makes no sense, a gate refuses, or something on this host stands in its way.
+    pub fn start_migration(
+        self: &Arc<Self>,
+        request: &StartMigration,
+        caller: Caller,
+    ) -> Answer<MigrationInfo> {
         check_request(request)?;
         let entry = self.named(&request.vm)?;
         if !self.config.hosts.contains_key(&request.to) {
@@ -328,20 +366,18 @@ impl Agent {
                 None,
             ));
         }
-        if u32::try_from(self.active(Side::Source)).unwrap_or(u32::MAX)
-            >= self.config.limits.max_outbound
-        {
-            let hint = "wait until others have ended, or raise `limits.max-outbound`";
-            return Err(error(
-                ErrorKind::Blocked,
-                "too many migrations leave this host",
-                Some(hint),
-            ));
-        }
+        let uuid = Uuid::from_bytes(entry.stored.id.0);
+        let what = format!("moving VM {:?} to {}", request.vm, request.to);
+        let operator = self.operator_of(caller, Action::MigrateOut, Some(uuid), &what)?;
+        let asked_by = operator
+            .as_ref()
+            .map_or_else(|| caller.local_user(), ToString::to_string);
+        let turn = self.outbound_turn(&asked_by, &request.to, uuid, &what)?;
         let (vm, offer, layout) = self.offer_of(&entry, &request.to, request.streams)?;
         let order = offer.order.clone();
         let fresh = || challenge::fresh().map_err(|e| internal("the migration can't be begun", &e));
         let (challenge, last_challenge) = (fresh()?, fresh()?);
+        let clearance = self.clear_out(operator.as_ref(), &order, request, false)?;
         if !self.claim(order.vm, order.migration) {
             let hint = "`palanquin migration ls` shows it";
             return Err(error(
@@ -367,12 +403,18 @@ impl Agent {
             layout: Some(layout.clone()),
             digest_seed: offer.digest_seed,
             device_state_max: self.config.limits.device_state.bytes(),
+            clearance,
         };
         let mut info = info_of(&order, Side::Source, layout.total_bytes());
         info.strategy = request.strategy;
+        info.operator = Some(asked_by);
+        info.gate_decisions = self.decisions_on(order.migration);
         let engine = Source::new(self.now(), config, offer);
         match self.run_source(engine, Some(vm), params, info) {
-            Ok(tracked) => Ok(tracked.info()),
+            Ok(tracked) => {
+                turn.begun();
+                Ok(tracked.info())
+            }
             Err(problem) => {
                 self.put_entry(Entry {
                     migration: None,
@@ -381,6 +423,33 @@ impl Agent {
                 Err(internal("no thread for the migration", &problem))
             }
         }
+    }
+
+    /// The right to begin a migration, as far as quotas go.
+    fn outbound_turn(&self, asked_by: &str, to: &str, vm: Uuid, what: &str) -> Answer<Turn<'_>> {
+        let leaving = || {
+            let mut leaving = Leaving::default();
+            for info in self.migrations().iter().map(|tracked| tracked.info()) {
+                if info.side == Side::Source && info.phase != Phase::Done {
+                    leaving.all += 1;
+                    leaving.of_operator += usize::from(info.operator.as_deref() == Some(asked_by));
+                    leaving.to_target += usize::from(info.to == to);
+                }
+            }
+            leaving
+        };
+        self.gate
+            .quotas
+            .turn(asked_by, to, leaving)
+            .map_err(|reasons| {
+                let subject = Subject {
+                    action: Action::MigrateOut,
+                    operator: asked_by,
+                    vm: Some(vm),
+                    migration: None,
+                };
+                self.refused_here(&subject, &reasons.into(), what)
+            })
     }
 
     /// What would be offered for a VM: fails with every blocker of this side.
@@ -482,9 +551,10 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// There is none, it has ended with the VM lost, or its session does not answer.
-    pub fn abort_migration(&self, id: Uuid) -> Answer<AbortAnswer> {
+    /// There is none, a gate refuses, it has ended with the VM lost, or its session does not answer.
+    pub fn abort_migration(&self, id: Uuid, caller: Caller) -> Answer<AbortAnswer> {
         let tracked = self.tracked(id)?;
+        self.clear_ending(caller, &tracked.info(), false)?;
         let reason = Reason::new("operator", "aborted by the operator");
         let disposition = match tracked.session() {
             None => None,
@@ -538,8 +608,13 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// There is none, or it is not in doubt.
-    pub fn resolve_migration(&self, id: Uuid, request: &ResolveMigration) -> Answer<MigrationInfo> {
+    /// There is none, it is not in doubt, or a gate refuses what is asserted.
+    pub fn resolve_migration(
+        &self,
+        id: Uuid,
+        request: &ResolveMigration,
+        caller: Caller,
+    ) -> Answer<MigrationInfo> {
         let tracked = self.tracked(id)?;
         let Some(Session::Source(sender)) = tracked.session() else {
             return Ok(tracked.info());
@@ -553,6 +628,10 @@ impl Agent {
                 Some(hint),
             ));
         }
+        if let Some(assertion) = request.assert {
+            let erases = assertion == OperatorAssertion::DestinationRunsIt;
+            self.clear_ending(caller, &info, erases)?;
+        }
         let event = match request.assert {
             None => SourceEvent::Redial,
             Some(OperatorAssertion::DestinationLostIt) => SourceEvent::Assert(Verdict::Discarded),
@@ -562,158 +641,6 @@ impl Agent {
         };
         let _ = sender.send(event);
         Ok(tracked.wait_done(Duration::from_secs(20)))
-    }
-
-    /// Looks for everything that stands in the way.
-    ///
-    /// # Errors
-    ///
-    /// The VM or host is not known.
-    pub fn doctor(&self, request: &DoctorRequest) -> Answer<DoctorReport> {
-        let mut report = DoctorReport::default();
-        self.examine_host(&mut report);
-        self.examine_confinement(&mut report);
-        let mut offer = None;
-        if let Some(name) = &request.vm {
-            let entry = self.named(name)?;
-            let to = request
-                .to
-                .clone()
-                .unwrap_or_else(|| self.config.name.clone());
-            match self.offer_of(&entry, &to, None) {
-                Ok((_, found, layout)) => {
-                    report.passed.push(format!(
-                        "VM {name:?} can be followed and described ({} MiB)",
-                        layout.total_bytes() >> 20
-                    ));
-                    offer = Some(found);
-                }
-                Err(problem) if problem.blockers.is_empty() => report.blockers.push(Blocker {
-                    side: Side::Source,
-                    code: "vm".to_owned(),
-                    message: [vec![problem.message], problem.causes].concat().join(": "),
-                    remedy: problem
-                        .hint
-                        .unwrap_or_else(|| "Look at the VM's log.".to_owned()),
-                }),
-                Err(problem) => report.blockers.extend(problem.blockers),
-            }
-        }
-        if let Some(to) = &request.to {
-            self.examine_peer(to, offer, &mut report);
-        }
-        Ok(report)
-    }
-
-    fn examine_host(&self, report: &mut DoctorReport) {
-        match self.hypervisor.version() {
-            Ok(version) => report.passed.push(format!("QEMU {version}")),
-            Err(problem) => report.blockers.push(Blocker {
-                side: Side::Source,
-                code: "qemu-missing".to_owned(),
-                message: chain(&problem),
-                remedy: "Install QEMU, or set `qemu.binary`.".to_owned(),
-            }),
-        }
-        let release = facts::kernel_release();
-        let mut parts = release
-            .split(['.', '-'])
-            .map_while(|part| part.parse::<u32>().ok());
-        let version = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
-        if version >= (6, 7) {
-            report.passed.push(format!("Linux {release}"));
-        } else {
-            report.blockers.push(Blocker {
-                side: Side::Source,
-                code: "kernel".to_owned(),
-                message: format!("Linux {release} can't follow writes to memory from outside"),
-                remedy: "Linux 6.7 or newer is needed.".to_owned(),
-            });
-        }
-    }
-
-    /// What this host lacks for our processes to be confined.
-    fn unconfined(&self) -> Vec<String> {
-        let network = self.network.lacks();
-        let network = network
-            .iter()
-            .map(|lack| format!("network process: {lack}"));
-        network.chain(self.hypervisor.unconfined()).collect()
-    }
-
-    fn examine_confinement(&self, report: &mut DoctorReport) {
-        let lacks = self.unconfined();
-        if lacks.is_empty() {
-            let text = "what talks to other hosts, and QEMU, run without privileges";
-            report.passed.push(text.to_owned());
-        }
-        // They stand in nothing's way, but should be known.
-        let lacks = lacks.into_iter();
-        report
-            .passed
-            .extend(lacks.map(|lack| format!("warning: not confined as it should be: {lack}")));
-    }
-
-    fn examine_peer(&self, to: &str, offer: Option<Offer>, report: &mut DoctorReport) {
-        let mut found = |code: &str, message: String, remedy: &str| {
-            report.blockers.push(Blocker {
-                side: Side::Destination,
-                code: code.to_owned(),
-                message,
-                remedy: remedy.to_owned(),
-            });
-        };
-        let channel = match dial(self, to) {
-            Ok(channel) => channel,
-            Err(reason) => {
-                let remedy = "Is its agent running, its address right, and its certificate from the same \
-                              authority?";
-                return found(&reason.code, reason.message, remedy);
-            }
-        };
-        channel.set_receive_timeout(Some(Duration::from_secs(20)));
-        let converse = || {
-            let hello = Hello::ours(crate::SOFTWARE, challenge::fresh()?);
-            channel.send(&Message::Hello(hello))?;
-            let greeting = channel.receive()?;
-            let Some(offer) = offer else {
-                return Ok((greeting, None));
-            };
-            channel.send(&Message::Check(offer))?;
-            let reply = channel.receive()?;
-            Ok::<_, crate::channel::ChannelError>((greeting, Some(reply)))
-        };
-        let answer = converse();
-        match answer {
-            Err(problem) => {
-                let remedy = "Look at the log of the destination's agent: it names why it refuses.";
-                found("refused", chain(&problem), remedy);
-            }
-            Ok((Message::HelloReply(reply), _)) if reply.version.is_none() => {
-                let message = format!("no common version of the protocol with {}", reply.software);
-                found(
-                    "protocol-version",
-                    message,
-                    "Upgrade the older of the two agents.",
-                );
-            }
-            Ok((_, reply)) => {
-                report.passed.push(format!(
-                    "host {to:?} answers ({}, {})",
-                    channel.cipher, channel.key_exchange
-                ));
-                match reply {
-                    Some(Message::CheckReply(blockers)) if blockers.is_empty() => {
-                        report.passed.push(format!("host {to:?} would take the VM"));
-                    }
-                    Some(Message::CheckReply(blockers)) => {
-                        report.blockers.extend(blockers.iter().map(api_blocker));
-                    }
-                    _ => {}
-                }
-            }
-        }
-        channel.close();
     }
 }
 

@@ -192,6 +192,7 @@ fn source_session(
         layout,
         digest_seed: 0,
         device_state_max: agent.config.limits.device_state.bytes(),
+        clearance: None,
     };
     let info = info_of(order, Side::Source, ram_bytes);
     if let Err(problem) = agent.run_source(engine, vm, params, info) {

@@ -1,5 +1,6 @@
 //! Drives [`palanquin_engine::Source`]: executes its actions on this machine and tells it how they ended.
 
+mod clearance;
 mod fault_wait;
 mod vm_worker;
 
@@ -31,6 +32,7 @@ use crate::channel::{BACKLOG_MAX, Channel, ChannelError};
 use crate::dial::{dial, reach};
 use crate::fail_point::{fail_point, fail_point_at, fail_point_record};
 use crate::farewell;
+use crate::gate::OutClearance;
 use crate::net::protocol::{Outgoing, Told};
 use crate::net::{CANCELLED, LOST};
 use crate::streams_out::{Job, OutEvent, OutStreams};
@@ -77,6 +79,8 @@ pub struct SourceParams {
     pub digest_seed: u64,
     /// Largest device state.
     pub device_state_max: u64,
+    /// That the VM may leave; absent where nothing is judged, and after a restart.
+    pub clearance: Option<OutClearance>,
 }
 
 /// A source at work.
@@ -116,6 +120,8 @@ pub struct SourceSession {
     saving: Option<Op>,
     phase: SourcePhase,
     redialling: bool,
+    /// Why a gate of this host refused.
+    refusals: Vec<palanquin_trust::Reason>,
 }
 
 impl SourceSession {
@@ -175,6 +181,7 @@ impl SourceSession {
             prepared: false,
             saving: None,
             redialling: false,
+            refusals: Vec::new(),
         })
     }
 
@@ -300,11 +307,8 @@ impl SourceSession {
                         .map_err(|e| failure("journal", &e)),
                 );
             }
-            // Nothing is configured that would speak for this host, nor anything that the destination would have to pass.
-            SourceAction::Vouch { op, .. } => {
-                self.report(op, Ok(SourceDone::Vouched(Vec::new())));
-            }
-            SourceAction::Judge { op, .. } => self.report(op, Ok(SourceDone::Done)),
+            SourceAction::Vouch { op, .. } => self.vouch(op),
+            SourceAction::Judge { op, evidence, .. } => self.judge(op, &evidence),
             SourceAction::OpenStreams {
                 op,
                 streams,
@@ -842,7 +846,9 @@ impl SourceSession {
             if outcome == Outcome::Completed {
                 info.percent = 100.0;
             } else if let Some(reason) = &reason {
-                info.error = Some(api_error(reason, &blockers, outcome, refused));
+                let mut error = api_error(reason, &blockers, outcome, refused);
+                self.name_gates(&mut error, reason);
+                info.error = Some(error);
             }
             info.reason = reason.map(|reason| reason.message);
         });

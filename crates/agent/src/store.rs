@@ -3,6 +3,10 @@
 //! One SQLite file. Every write is a transaction that is on the disk before the call returns
 //! (`synchronous=FULL` in WAL mode: an fsync at each commit), because the handover relies on it.
 
+mod gate;
+
+pub use self::gate::StoredPassport;
+
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -13,7 +17,7 @@ use palanquin_host::vm::Handle;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 /// Version of the schema; another one is refused.
-const SCHEMA: i64 = 1;
+const SCHEMA: i64 = 2;
 
 /// What went wrong with the state file.
 #[derive(Debug, thiserror::Error)]
@@ -86,9 +90,11 @@ impl Store {
         let found: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
         match found {
             0 => connection.execute_batch(CREATE).map_err(busy)?,
-            SCHEMA => {}
+            1 | SCHEMA => {}
             found => return Err(StoreError::Schema { found }),
         }
+        // From here on since schema 2.
+        connection.execute_batch(gate::CREATE).map_err(busy)?;
         // A write takes the lock that keeps a second agent out.
         connection
             .pragma_update(None, "user_version", SCHEMA)

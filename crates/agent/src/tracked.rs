@@ -10,6 +10,7 @@ use palanquin_engine::order::Order;
 use uuid::Uuid;
 
 use crate::destination_session::DestinationEvent;
+use crate::gate::gate_of;
 use crate::source_session::SourceEvent;
 
 /// The session that works on a migration.
@@ -139,6 +140,8 @@ pub fn info_of(order: &Order, side: Side, ram_bytes: u64) -> MigrationInfo {
         fault_wait: None,
         rejoined: 0,
         decisions: Vec::new(),
+        gate_decisions: Vec::new(),
+        operator: None,
         ram_bytes,
         streams: 0,
         cipher: None,
@@ -162,6 +165,8 @@ pub fn api_error(
     outcome: Outcome,
     refused: bool,
 ) -> ApiError {
+    // A gate that refuses after its host had accepted is named in the code.
+    let refused = refused || gate_of(&reason.code).0.is_some();
     let (kind, hint) = classify(&reason.code, outcome, refused);
     ApiError {
         kind,
@@ -174,9 +179,11 @@ pub fn api_error(
 
 /// A blocker that the destination named.
 pub fn api_blocker(blocker: &WireBlocker) -> palanquin_api::control::Blocker {
+    let (gate, code) = gate_of(&blocker.code);
     palanquin_api::control::Blocker {
         side: Side::Destination,
-        code: blocker.code.clone(),
+        gate: gate.map(str::to_owned),
+        code: code.to_owned(),
         message: blocker.message.clone(),
         remedy: blocker.remedy.clone(),
     }
@@ -200,7 +207,11 @@ fn classify(code: &str, outcome: Outcome, refused: bool) -> (ErrorKind, Option<&
             ErrorKind::Internal,
             Some("the VM's log on the host that had it last says why"),
         ),
-        (_, "refused" | "identity-refused") => (
+        (_, "refused") => (
+            ErrorKind::Refused,
+            Some("each reason says what to do; nothing of the VM was sent"),
+        ),
+        (_, "identity-refused") => (
             ErrorKind::Refused,
             Some(
                 "check the certificates, names and clocks of both hosts; nothing of the VM was sent",
@@ -208,7 +219,7 @@ fn classify(code: &str, outcome: Outcome, refused: bool) -> (ErrorKind, Option<&
         ),
         (Outcome::RunningOnSource, _) if refused => (
             ErrorKind::Refused,
-            Some("the destination did not pass; the VM goes on running on the source"),
+            Some("a gate refused; the VM goes on running on the source"),
         ),
         (_, "blocked") => (
             ErrorKind::Blocked,

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::size::{ByteSize, HumanDuration};
+use crate::trust::Trust;
 
 /// The whole file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -38,6 +39,9 @@ pub struct AgentConfig {
     /// What the agent's processes may do.
     #[serde(default)]
     pub privileges: Privileges,
+    /// By what is judged who may move which VM where. Absent: nothing is judged.
+    #[serde(default)]
+    pub trust: Option<Trust>,
 }
 
 /// A file that cannot be used.
@@ -160,6 +164,8 @@ pub fn is_host_name(name: &str) -> bool {
 const STATE_DIR_MAX: usize = 50;
 /// Longest runtime directory: `control.sock` and `observe.sock` lie in it.
 const RUNTIME_DIR_MAX: usize = 90;
+/// Highest limit of what may begin in an hour: the agent remembers each.
+const PER_HOUR_MAX: u32 = 10_000;
 
 impl AgentConfig {
     /// Reads and checks a configuration.
@@ -215,6 +221,9 @@ impl AgentConfig {
             );
         }
         self.check_limits(&mut rules);
+        if let Some(trust) = &self.trust {
+            trust.check(&mut rules);
+        }
         rules.into_violations()
     }
 
@@ -259,9 +268,40 @@ impl AgentConfig {
         for (key, count) in [
             ("limits.max-inbound", limits.max_inbound),
             ("limits.max-outbound", limits.max_outbound),
+            (
+                "limits.max-outbound-per-operator",
+                limits.max_outbound_per_operator,
+            ),
+            (
+                "limits.max-outbound-per-target",
+                limits.max_outbound_per_target,
+            ),
+            (
+                "limits.max-inbound-per-source",
+                limits.max_inbound_per_source,
+            ),
         ] {
             let message = format!("{count} is out of bounds");
             rules.check((1..=64).contains(&count), key, message, "1 to 64");
+        }
+        for (key, count) in [
+            ("limits.starts-per-hour", limits.starts_per_hour),
+            (
+                "limits.starts-per-hour-per-operator",
+                limits.starts_per_hour_per_operator,
+            ),
+            (
+                "limits.starts-per-hour-per-target",
+                limits.starts_per_hour_per_target,
+            ),
+            (
+                "limits.arrivals-per-hour-per-source",
+                limits.arrivals_per_hour_per_source,
+            ),
+        ] {
+            let message = format!("{count} is out of bounds");
+            let fits = (1..=PER_HOUR_MAX).contains(&count);
+            rules.check(fits, key, message, "1 to 10000");
         }
         let most = limits.max_pending;
         for (key, count, bounds) in [
@@ -317,7 +357,7 @@ impl AgentConfig {
     }
 }
 
-fn check_absolute(rules: &mut Rules, key: &str, path: &Path) {
+pub(crate) fn check_absolute(rules: &mut Rules, key: &str, path: &Path) {
     let plain = path
         .to_str()
         .is_some_and(|text| !text.chars().any(|c| c == ',' || c.is_control()));
@@ -388,6 +428,20 @@ pub struct Limits {
     pub max_inbound: u32,
     /// Migrations leaving at the same time. 1 to 64, default 2.
     pub max_outbound: u32,
+    /// Of those, ordered by one operator. 1 to 64, default 64.
+    pub max_outbound_per_operator: u32,
+    /// Of those, to one host. 1 to 64, default 64.
+    pub max_outbound_per_target: u32,
+    /// Of those that arrive, from one host. 1 to 64, default 64.
+    pub max_inbound_per_source: u32,
+    /// Migrations that may begin here within an hour. 1 to 10000, default 600.
+    pub starts_per_hour: u32,
+    /// Of those, ordered by one operator. 1 to 10000, default 600.
+    pub starts_per_hour_per_operator: u32,
+    /// Of those, to one host. 1 to 10000, default 600.
+    pub starts_per_hour_per_target: u32,
+    /// Migrations of one host that may begin to arrive here within an hour. 1 to 10000, default 600.
+    pub arrivals_per_hour_per_source: u32,
     /// Memory that is never given to a VM. At most 8 TiB, default 256 MiB.
     pub memory_reserve: ByteSize,
     /// Largest device state accepted. 1 MiB to 16 GiB, default 256 MiB.
@@ -413,6 +467,13 @@ impl Default for Limits {
         Self {
             max_inbound: 2,
             max_outbound: 2,
+            max_outbound_per_operator: 64,
+            max_outbound_per_target: 64,
+            max_inbound_per_source: 64,
+            starts_per_hour: 600,
+            starts_per_hour_per_operator: 600,
+            starts_per_hour_per_target: 600,
+            arrivals_per_hour_per_source: 600,
             memory_reserve: ByteSize::mib(256),
             device_state: ByteSize::mib(256),
             peer_silence: HumanDuration::from_secs(10),
@@ -497,7 +558,8 @@ mod tests {
         let text = "name = \"-x\"\nstate-dir = \"relative\"\nruntime-dir = \"/r,x\"\n\
                     [tls]\nca = \"ca.pem\"\ncertificate = \"/c\"\nkey = \"/k\"\n\
                     [listen]\nmigration = \"0.0.0.0:0\"\n[hosts.\"b..c\"]\naddress = \"0.0.0.0:1\"\n\
-                    [limits]\nmax-inbound = 0\nmax-outbound = 65\nmax-pending = 15\n\
+                    [limits]\nmax-inbound = 0\nmax-outbound = 65\nmax-outbound-per-target = 0\n\
+                    starts-per-hour = 10001\narrivals-per-hour-per-source = 0\nmax-pending = 15\n\
                     max-pending-per-address = 3\nmax-pending-per-host = 16\npeer-silence = \"10ms\"\n\
                     device-state = \"1TiB\"\nmemory-reserve = \"9TiB\"\n\
                     [qemu]\nbinary = \"qemu\"\nallowed-paths = [\"/good\", \"/\"]\n";
@@ -515,6 +577,9 @@ mod tests {
                 "hosts.b..c.address",
                 "limits.max-inbound",
                 "limits.max-outbound",
+                "limits.max-outbound-per-target",
+                "limits.starts-per-hour",
+                "limits.arrivals-per-hour-per-source",
                 "limits.max-pending",
                 "limits.max-pending-per-address",
                 "limits.max-pending-per-host",

@@ -8,12 +8,14 @@
 //! | POST | `/v1/vms/adopt` | [`AdoptVm`] | [`VmInfo`] |
 //! | GET | `/v1/vms/{name}` | | [`VmInfo`] |
 //! | POST | `/v1/vms/{name}/stop` | | [`VmInfo`] |
+//! | POST | `/v1/vms/{name}/passport` | [`GivePassport`] | [`VmInfo`] |
 //! | GET | `/v1/migrations` | | `[MigrationInfo]` |
 //! | POST | `/v1/migrations` | [`StartMigration`] | [`MigrationInfo`] |
 //! | GET | `/v1/migrations/{id}` | | [`MigrationInfo`] |
 //! | GET | `/v1/migrations/{id}/watch?after=N` | | [`MigrationInfo`], once its `revision` exceeds N or after 10 s |
 //! | POST | `/v1/migrations/{id}/abort` | | [`AbortAnswer`] |
 //! | POST | `/v1/migrations/{id}/resolve` | [`ResolveMigration`] | [`MigrationInfo`] |
+//! | GET | `/v1/decisions` | | `[GateDecision]`, the last 1000, oldest first |
 //! | POST | `/v1/doctor` | [`DoctorRequest`] | [`DoctorReport`] |
 //!
 //! An error is an [`ApiError`] with a 4xx or 5xx status. The observe socket serves `GET /metrics`
@@ -24,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::config::{NAME_RULE, Rules, Violation, is_name};
+use crate::hex::Hex;
 use crate::vm_spec::VmSpec;
 
 /// Who is at fault and therefore what a script should do; decides the exit status.
@@ -84,6 +87,9 @@ pub struct ApiError {
 pub struct Blocker {
     /// Where the reason lies.
     pub side: Side,
+    /// What refused (`identity`, `attestation`, `policy`, `passport` or `quota`), where it was not the host that can't.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gate: Option<String>,
     /// Stable machine-readable code, for example `memory-short` or `ram-private`.
     pub code: String,
     /// What is wrong, one lowercase sentence.
@@ -127,6 +133,23 @@ pub struct HostInfo {
     /// What this host lacks for the agent's processes to be confined as they should be.
     #[serde(default)]
     pub unconfined: Vec<String>,
+    /// By what this host judges; absent where nothing is judged.
+    #[serde(default)]
+    pub trust: Option<TrustInfo>,
+}
+
+/// By what a host judges.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrustInfo {
+    /// Directory of the policies.
+    pub policies: String,
+    /// Version of their `directory.toml`.
+    pub policy_version: u64,
+    /// Digest of policies, directory and schema: `sha256:` and 64 digits.
+    pub policy_sha256: String,
+    /// Why the policies were not replaced when that was last asked for; absent where they were.
+    #[serde(default)]
+    pub reload_error: Option<String>,
 }
 
 /// `POST /v1/vms`
@@ -135,6 +158,73 @@ pub struct HostInfo {
 pub struct RunVm {
     /// What to run; paths are absolute.
     pub spec: VmSpec,
+    /// The owner's passport, signed: the VM gets the UUID named in it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passport: Option<Hex>,
+}
+
+/// `POST /v1/vms/{name}/passport`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GivePassport {
+    /// The owner's passport, signed.
+    pub passport: Hex,
+}
+
+/// The passport of a VM, as this host has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PassportInfo {
+    /// Whose the VM is.
+    pub owner: String,
+    /// Version.
+    pub version: u64,
+    /// Digest of the signed passport.
+    pub sha256: String,
+    /// When it expires, seconds since 1970.
+    pub expires_unix_s: u64,
+}
+
+/// What was decided on something that was to be done to a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GateDecision {
+    /// When, seconds since 1970.
+    pub at_unix_s: u64,
+    /// What: `migrateOut`, `migrateIn`, `adopt`, `abort` or `erase`.
+    pub action: String,
+    /// By whom: an operator's identity, or a local user or host that is no operator.
+    pub operator: String,
+    /// UUID of the VM; absent where it is not known.
+    pub vm: Option<Uuid>,
+    /// The migration that it is about.
+    pub migration: Option<Uuid>,
+    /// Whether nothing refused.
+    pub permitted: bool,
+    /// Policies that permit it.
+    #[serde(default)]
+    pub permitted_by: Vec<String>,
+    /// Everything that refused.
+    #[serde(default)]
+    pub reasons: Vec<GateReason>,
+    /// Digest of the policies by which it was decided; absent where they were not asked.
+    pub policy_sha256: Option<String>,
+    /// Digest of the passport.
+    pub passport_sha256: Option<String>,
+}
+
+/// One reason for a refusal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GateReason {
+    /// What refused: `identity`, `attestation`, `policy`, `passport` or `quota`.
+    pub gate: String,
+    /// Stable code.
+    pub code: String,
+    /// What is wrong, one lowercase sentence.
+    pub message: String,
+    /// What to do about it, one sentence.
+    pub remedy: String,
+    /// The policy that refused, where it was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<String>,
 }
 
 /// `POST /v1/vms/adopt`
@@ -147,6 +237,9 @@ pub struct AdoptVm {
     pub pid: u32,
     /// Path of a QMP UNIX socket of that QEMU that nobody else uses.
     pub qmp: String,
+    /// The owner's passport, signed: the VM gets the UUID named in it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passport: Option<Hex>,
 }
 
 /// What a VM does.
@@ -187,6 +280,9 @@ pub struct VmInfo {
     pub console: Option<String>,
     /// The migration under way, where there is one.
     pub migration: Option<Uuid>,
+    /// Its owner's passport, where this host has one.
+    #[serde(default)]
+    pub passport: Option<PassportInfo>,
 }
 
 /// How the pages are moved.
@@ -292,9 +388,31 @@ pub struct StartMigration {
     /// How pages are made shorter. Default: by what is measured.
     #[serde(default)]
     pub compress: Compress,
+    /// Signed approvals of other operators; at most [`APPROVALS_MAX`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub approvals: Vec<Hex>,
 }
 
+/// Most approvals of a migration.
+pub const APPROVALS_MAX: usize = 16;
+
 impl StartMigration {
+    /// To move that VM to that host, everything else by default.
+    pub fn of(vm: &str, to: &str) -> Self {
+        Self {
+            vm: vm.to_owned(),
+            to: to.to_owned(),
+            strategy: Strategy::default(),
+            allow: Vec::new(),
+            max_downtime_ms: None,
+            deadline_ms: None,
+            bandwidth_bytes_per_s: None,
+            streams: None,
+            compress: Compress::default(),
+            approvals: Vec::new(),
+        }
+    }
+
     /// Every bound that it breaks.
     pub fn validate(&self) -> Vec<Violation> {
         let mut rules = Rules::default();
@@ -326,6 +444,9 @@ impl StartMigration {
             let message = out_of_bounds(streams.into(), "");
             rules.check((1..=16).contains(&streams), "streams", message, "1 to 16");
         }
+        let count = self.approvals.len();
+        let message = format!("{count} are too many");
+        rules.check(count <= APPROVALS_MAX, "approvals", message, "at most 16");
         rules.into_violations()
     }
 }
@@ -470,6 +591,12 @@ pub struct MigrationInfo {
     /// What was decided on the way and why, oldest first.
     #[serde(default)]
     pub decisions: Vec<Decision>,
+    /// The operator who ordered it, or the local user where nothing is judged.
+    #[serde(default)]
+    pub operator: Option<String>,
+    /// What the gates of this host have decided on it, oldest first; empty where nothing is judged.
+    #[serde(default)]
+    pub gate_decisions: Vec<GateDecision>,
     /// Bytes of guest RAM.
     pub ram_bytes: u64,
     /// Data streams.

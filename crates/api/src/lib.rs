@@ -7,7 +7,9 @@
 
 pub mod config;
 pub mod control;
+pub mod hex;
 pub mod size;
+pub mod trust;
 pub mod vm_spec;
 
 pub use size::{ByteSize, HumanDuration};

@@ -60,6 +60,12 @@ pub(crate) enum Command {
     /// Write, show and verify what the owner of a VM allows
     #[command(subcommand)]
     Passport(PassportCommand),
+    /// Sign and show a second person's word
+    #[command(subcommand)]
+    Approval(ApprovalCommand),
+    /// Show what this host's gates have decided
+    #[command(subcommand)]
+    Decision(DecisionCommand),
     /// Print completions for a shell
     Completions {
         /// The shell
@@ -114,6 +120,9 @@ pub(crate) enum VmCommand {
     Run {
         /// Specification (TOML)
         spec: PathBuf,
+        /// Its owner's passport, signed; needed where policies decide. The VM gets the UUID named in it
+        #[arg(long, value_name = "FILE")]
+        passport: Option<PathBuf>,
     },
     /// Take over a running QEMU
     Adopt {
@@ -125,6 +134,16 @@ pub(crate) enum VmCommand {
         /// A QMP socket of it that nobody else uses
         #[arg(long)]
         qmp: PathBuf,
+        /// Its owner's passport, signed; needed where policies decide. The VM gets the UUID named in it
+        #[arg(long, value_name = "FILE")]
+        passport: Option<PathBuf>,
+    },
+    /// Give a VM its owner's newest passport
+    Passport {
+        /// Its name
+        name: String,
+        /// The passport, signed
+        file: PathBuf,
     },
     /// List the VMs of this host
     Ls,
@@ -169,6 +188,9 @@ pub(crate) struct Migrate {
     /// How pages are made shorter; auto measures whether the link or the CPU is the bottleneck
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) compress: CompressArg,
+    /// Another operator's approval, signed (can be repeated)
+    #[arg(long = "approval", value_name = "FILE")]
+    pub(crate) approvals: Vec<PathBuf>,
     /// Return once it has started
     #[arg(long)]
     pub(crate) detach: bool,
@@ -337,6 +359,63 @@ pub(crate) enum PassportCommand {
         #[arg(long, value_name = "FILE")]
         known: Option<PathBuf>,
     },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum ApprovalCommand {
+    /// Agree, as an operator, to what another operator asks for
+    Sign(Box<ApprovalArgs>),
+    /// Show what an approval says, without asking who signed it
+    Show {
+        /// The approval
+        file: PathBuf,
+    },
+}
+
+#[derive(Args)]
+pub(crate) struct ApprovalArgs {
+    /// Who agrees, as in spiffe://example.org/operator/NAME
+    #[arg(long, value_name = "IDENTITY")]
+    pub(crate) operator: Identity,
+    /// The operator's private key, as `palanquin ca issue operator` makes it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) key: PathBuf,
+    /// To what; a move is agreed to for both of its hosts
+    #[arg(long, value_enum, default_value = "migrate")]
+    pub(crate) action: ApprovedAction,
+    /// The VM
+    #[arg(long, value_name = "UUID")]
+    pub(crate) vm: Uuid,
+    /// The host where the VM is, as in spiffe://example.org/host/NAME
+    #[arg(long, value_name = "IDENTITY")]
+    pub(crate) from: Identity,
+    /// The host where it will be [default: where it is]
+    #[arg(long, value_name = "IDENTITY")]
+    pub(crate) to: Option<Identity>,
+    /// How long the approval holds, from now on; at most 7days
+    #[arg(long, default_value = "1h")]
+    pub(crate) hold: HumanDuration,
+    /// File for the approval
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum ApprovedAction {
+    /// The VM moves from one host to the other
+    Migrate,
+    /// The host takes over a VM that runs on it
+    Adopt,
+    /// A migration ends before its commit
+    Abort,
+    /// What is left of the VM is removed
+    Erase,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum DecisionCommand {
+    /// List the last decisions, oldest first
+    Ls,
 }
 
 impl From<StrategyArg> for Strategy {

@@ -5,6 +5,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use palanquin_api::config::{AgentConfig, LoadError, Violation};
+use palanquin_api::trust::Trust;
+use palanquin_trust::{Identity, Keyring};
+use palanquin_trust_files::{self as files, FilesError};
 use rcgen::{KeyPair, PublicKeyData};
 use x509_parser::extensions::GeneralName;
 use x509_parser::pem::Pem;
@@ -58,6 +61,50 @@ fn check_files(config: &AgentConfig, found: &mut Vec<Violation>) {
     for (index, path) in config.qemu.allowed_paths.iter().enumerate() {
         let key = format!("qemu.allowed-paths[{index}]");
         present(key, path, path.exists(), "make it, or leave it out");
+    }
+    if let Some(trust) = &config.trust {
+        check_trust(trust, found);
+    }
+}
+
+/// What is judged by: policies, keys and local users.
+fn check_trust(trust: &Trust, found: &mut Vec<Violation>) {
+    match files::policies(&trust.policies) {
+        Ok(_) => {}
+        Err(FilesError::Policies(_, error)) => {
+            let each = error.0.into_iter();
+            found.extend(each.map(|problem| Violation::new("trust.policies", problem.to_string())));
+        }
+        Err(error) => found.push(Violation::new("trust.policies", error.to_string())),
+    }
+    let mut ring = Keyring::default();
+    for (table, entries) in [("owners", &trust.owners), ("approvers", &trust.approvers)] {
+        for (identity, paths) in entries {
+            let key = format!("trust.{table}.{identity}");
+            // What is no identity is told already.
+            let Ok(identity) = identity.parse::<Identity>() else {
+                continue;
+            };
+            for path in paths {
+                let taken = files::public_key(path, &identity)
+                    .and_then(|public| Ok(ring.insert(identity.clone(), public)?));
+                if let Err(error) = taken {
+                    found.push(Violation::new(key.as_str(), error.to_string()));
+                }
+            }
+        }
+    }
+    let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    for user in trust.operators.keys() {
+        let is_there = user.parse::<u32>().is_ok()
+            || users
+                .lines()
+                .any(|line| line.split(':').next() == Some(user));
+        if !is_there {
+            let key = format!("trust.operators.{user}");
+            let hint = "the name or number of a local user";
+            found.push(Violation::new(key, format!("there is no user {user:?}")).hint(hint));
+        }
     }
 }
 

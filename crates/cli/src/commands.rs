@@ -4,20 +4,24 @@ use std::path::Path;
 
 use palanquin_api::config::is_name;
 use palanquin_api::control::{
-    AbortAnswer, AdoptVm, DoctorReport, DoctorRequest, ErrorKind, HostInfo, MigrationInfo,
-    ResolveMigration, RunVm, StartMigration, VmInfo,
+    AbortAnswer, AdoptVm, DoctorReport, DoctorRequest, ErrorKind, GateDecision, GivePassport,
+    HostInfo, MigrationInfo, ResolveMigration, RunVm, StartMigration, VmInfo,
 };
+use palanquin_api::hex::Hex;
 use palanquin_api::size::Bandwidth;
 use palanquin_api::vm_spec::VmSpec;
+use palanquin_trust::signed::ENVELOPE_MAX;
 use serde::Serialize;
 
 use crate::arguments::{
-    CaCommand, Cli, Command, ConfigCommand, Issue, Migrate, MigrationCommand, VmCommand,
+    CaCommand, Cli, Command, ConfigCommand, DecisionCommand, Issue, Migrate, MigrationCommand,
+    VmCommand,
 };
 use crate::client::Client;
 use crate::failure::Failure;
+use crate::files::read;
 use crate::output::{say, say_line, to_json};
-use crate::{ca, check, migrate, passport, policy, render};
+use crate::{approval, ca, check, migrate, passport, policy, render};
 
 /// Does what was typed.
 pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
@@ -43,6 +47,11 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         }
         Command::Policy(command) => policy::run(&command, json),
         Command::Passport(command) => passport::run(&command, json),
+        Command::Approval(command) => approval::run(&command, json),
+        Command::Decision(DecisionCommand::Ls) => {
+            let decisions: Vec<GateDecision> = client.get("/v1/decisions").await?;
+            show(&decisions, |decisions| render::decisions(decisions), json)
+        }
         Command::Completions { shell } => {
             let mut command = <Cli as clap::CommandFactory>::command();
             let mut script = Vec::new();
@@ -104,19 +113,34 @@ async fn vm_command(client: &Client, command: VmCommand, json: bool) -> Result<(
             let vms: Vec<VmInfo> = client.get("/v1/vms").await?;
             return show(&vms, |vms| render::vms(vms), json);
         }
-        VmCommand::Run { spec } => {
-            let spec = read_spec(&spec)?;
-            client.post("/v1/vms", &RunVm { spec }).await?
+        VmCommand::Run { spec, passport } => {
+            let (spec, passport) = (read_spec(&spec)?, signed(passport.as_deref())?);
+            client.post("/v1/vms", &RunVm { spec, passport }).await?
         }
-        VmCommand::Adopt { name, pid, qmp } => {
+        VmCommand::Adopt {
+            name,
+            pid,
+            qmp,
+            passport,
+        } => {
             let absolute = std::path::absolute(&qmp).unwrap_or(qmp);
             let Some(qmp) = absolute.to_str().map(str::to_owned) else {
                 let what = format!("{} is not UTF-8", absolute.display());
                 return Err(Failure::usage(what));
             };
             let name = segment(&name)?.to_owned();
-            let request = AdoptVm { name, pid, qmp };
+            let request = AdoptVm {
+                name,
+                pid,
+                qmp,
+                passport: signed(passport.as_deref())?,
+            };
             client.post("/v1/vms/adopt", &request).await?
+        }
+        VmCommand::Passport { name, file } => {
+            let path = format!("/v1/vms/{}/passport", segment(&name)?);
+            let passport = Hex(read(&file, ENVELOPE_MAX)?);
+            client.post(&path, &GivePassport { passport }).await?
         }
         VmCommand::Show { name } => client.get(&format!("/v1/vms/{}", segment(&name)?)).await?,
         VmCommand::Stop { name } => {
@@ -125,6 +149,12 @@ async fn vm_command(client: &Client, command: VmCommand, json: bool) -> Result<(
         }
     };
     show(&vm, render::vm, json)
+}
+
+/// A signed document, where a file with one is named.
+fn signed(file: Option<&Path>) -> Result<Option<Hex>, Failure> {
+    let bytes = file.map(|file| read(file, ENVELOPE_MAX)).transpose()?;
+    Ok(bytes.map(Hex))
 }
 
 /// A name that is part of a path.
@@ -147,6 +177,8 @@ fn read_spec(path: &Path) -> Result<VmSpec, Failure> {
 }
 
 async fn start(client: &Client, arguments: Migrate, json: bool) -> Result<(), Failure> {
+    let approvals = arguments.approvals.iter();
+    let approvals = approvals.map(|file| read(file, ENVELOPE_MAX).map(Hex));
     let request = StartMigration {
         vm: arguments.vm,
         to: arguments.to,
@@ -157,6 +189,7 @@ async fn start(client: &Client, arguments: Migrate, json: bool) -> Result<(), Fa
         bandwidth_bytes_per_s: arguments.bandwidth.map(Bandwidth::bytes_per_s),
         streams: arguments.streams,
         compress: arguments.compress.into(),
+        approvals: approvals.collect::<Result<_, _>>()?,
     };
     let violations = request.validate();
     if !violations.is_empty() {

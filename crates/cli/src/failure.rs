@@ -103,6 +103,7 @@ mod tests {
             .hint("do this");
         failure.0.blockers.push(Blocker {
             side: Side::Destination,
+            gate: None,
             code: "memory-short".to_owned(),
             message: "too little memory".to_owned(),
             remedy: "Add some.".to_owned(),

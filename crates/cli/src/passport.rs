@@ -272,13 +272,19 @@ fn public_key(path: &Path) -> Result<PublicKey, Failure> {
     })
 }
 
-fn private_key(path: &Path) -> Result<Ed25519Signer, Failure> {
+/// The private key in a PEM file that is open to nobody else.
+pub(crate) fn private_block(path: &Path) -> Result<Vec<u8>, Failure> {
     let key = block(path, "PRIVATE KEY")?;
     let mode = fs::metadata(path).map_or(0, |meta| meta.permissions().mode());
     if mode & 0o077 != 0 {
         let what = format!("{} is open to others than its owner", path.display());
         return Err(Failure::usage(what).hint(format!("chmod 600 {}", path.display())));
     }
+    Ok(key)
+}
+
+fn private_key(path: &Path) -> Result<Ed25519Signer, Failure> {
+    let key = private_block(path)?;
     Ed25519Signer::from_pkcs8(&key).map_err(|error| {
         Failure::usage(format!("{} is no key that is of use here", path.display())).cause(error)
     })

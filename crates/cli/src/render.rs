@@ -1,9 +1,10 @@
 //! What people read: tables, one VM, one migration.
 
 use palanquin_api::control::{
-    AbortAnswer, AbortOutcome, Blocker, DoctorReport, HostInfo, MigrationInfo, Outcome, Phase,
-    Side, VmInfo, VmState,
+    AbortAnswer, AbortOutcome, Blocker, DoctorReport, GateDecision, HostInfo, MigrationInfo,
+    Outcome, Phase, Side, VmInfo, VmState,
 };
+use palanquin_trust::passport::date;
 
 use crate::output::line;
 
@@ -146,12 +147,31 @@ pub(crate) fn vm(vm: &VmInfo) -> String {
             vm.migration
                 .map_or_else(|| "none".to_owned(), |id| id.to_string()),
         ),
+        (
+            "passport",
+            vm.passport.as_ref().map_or_else(
+                || "none".to_owned(),
+                |passport| {
+                    let until = date(passport.expires_unix_s);
+                    let (version, owner) = (passport.version, &passport.owner);
+                    format!("version {version} of {owner}, until {until}")
+                },
+            ),
+        ),
     ])
 }
 
 /// This host.
 pub(crate) fn host(host: &HostInfo) -> String {
-    list(&[
+    let (policies, problem) = host.trust.as_ref().map_or_else(
+        || ("none: nothing is judged".to_owned(), None),
+        |trust| {
+            let (version, sha256) = (trust.policy_version, &trust.policy_sha256);
+            let text = format!("version {version} ({sha256})");
+            (text, trust.reload_error.clone())
+        },
+    );
+    let mut pairs = vec![
         ("name", host.name.clone()),
         ("identity", host.spiffe_id.clone()),
         ("version", host.version.clone()),
@@ -165,7 +185,45 @@ pub(crate) fn host(host: &HostInfo) -> String {
         ("memory", bytes(host.memory_total_bytes)),
         ("available", bytes(host.memory_available_bytes)),
         ("peers", host.peers.join(", ")),
-    ])
+        ("policies", policies),
+    ];
+    pairs.extend(problem.map(|problem| ("not replaced", problem)));
+    list(&pairs)
+}
+
+/// Decisions of this host's gates, each with its reasons below it.
+pub(crate) fn decisions(decisions: &[GateDecision]) -> String {
+    if decisions.is_empty() {
+        return "Nothing was decided on this host.\n".to_owned();
+    }
+    let mut text = String::new();
+    for decision in decisions {
+        let vm = decision.vm.map_or_else(
+            || "a VM without passport".to_owned(),
+            |vm| format!("VM {vm}"),
+        );
+        let by = match decision.permitted_by.join(", ") {
+            policies if policies.is_empty() => String::new(),
+            policies => format!(" by {policies}"),
+        };
+        let verdict = if decision.permitted {
+            "permitted"
+        } else {
+            "REFUSED  "
+        };
+        text += &line(&format!(
+            "{}  {verdict}  {} of {vm}, asked by {}{by}",
+            date(decision.at_unix_s),
+            decision.action,
+            decision.operator,
+        ));
+        text.push('\n');
+        for reason in &decision.reasons {
+            let (gate, code, message) = (&reason.gate, &reason.code, &reason.message);
+            text += &format!("    {}\n", line(&format!("{message} ({gate}, {code})")));
+        }
+    }
+    text
 }
 
 /// All migrations.
@@ -201,6 +259,12 @@ pub(crate) fn migration(info: &MigrationInfo) -> String {
         ("vm", format!("{} ({})", info.vm, info.vm_uuid)),
         ("way", format!("{} -> {}", info.from, info.to)),
         ("side", side(info.side).to_owned()),
+        (
+            "ordered by",
+            info.operator
+                .clone()
+                .unwrap_or_else(|| "not known".to_owned()),
+        ),
         ("phase", phase(info.phase).to_owned()),
         ("outcome", outcome(info.outcome).to_owned()),
     ];
@@ -312,6 +376,20 @@ fn on_the_way(info: &MigrationInfo) -> Vec<(&'static str, String)> {
         let after = count(decision.rounds.into(), "round", "rounds");
         pairs.push(("decided", format!("after {after}: {}", decision.why)));
     }
+    for decision in &info.gate_decisions {
+        let verdict = if decision.permitted {
+            "permitted"
+        } else {
+            "refused"
+        };
+        let (action, operator) = (&decision.action, &decision.operator);
+        let mut text = format!("{action} for {operator}");
+        for reason in &decision.reasons {
+            let (gate, code, message) = (&reason.gate, &reason.code, &reason.message);
+            text += &format!("; {message} ({gate}, {code})");
+        }
+        pairs.push((verdict, text));
+    }
     pairs
 }
 
@@ -378,8 +456,10 @@ fn side(side: Side) -> &'static str {
 
 /// What stands in the way, without what to do about it.
 pub(crate) fn blocker(blocker: &Blocker) -> String {
+    let gate = blocker.gate.as_deref();
+    let gate = gate.map_or_else(String::new, |gate| format!("{gate}: "));
     line(&format!(
-        "{} ({}, {})",
+        "{} ({}, {gate}{})",
         blocker.message,
         side(blocker.side),
         blocker.code

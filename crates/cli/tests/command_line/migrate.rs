@@ -27,7 +27,7 @@ pub(crate) fn info(changes: &Value) -> Value {
     });
     let later = json!({
         "pages_skipped": 0, "throttle_share": null, "pages_demanded": 0, "fault_wait": null, "rejoined": 0,
-        "decisions": [],
+        "decisions": [], "operator": null, "gate_decisions": [],
     });
     let objects = [&later, changes].map(|object| object.as_object().unwrap());
     for (key, value) in objects.into_iter().flatten() {

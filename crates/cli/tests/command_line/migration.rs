@@ -43,6 +43,7 @@ fn everything_readable_is_shown_with_the_parts_of_the_downtime() {
              vm              web (aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee)\n\
              way             alpha -> beta\n\
              side            source\n\
+             ordered by      not known\n\
              phase           done\n\
              outcome         completed\n\
              strategy        pre-copy\n\

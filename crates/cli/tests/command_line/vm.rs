@@ -11,6 +11,7 @@ fn vm() -> Value {
     json!({
         "name": "web", "uuid": "aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee", "epoch": 1, "state": "running",
         "pid": 4711, "memory_bytes": 1_610_612_736_u64, "adopted": false, "console": null, "migration": null,
+        "passport": null,
     })
 }
 
@@ -36,7 +37,8 @@ fn vms_are_listed_and_shown() {
          pid        4711\n\
          adopted    no\n\
          console    none\n\
-         migration  none\n"
+         migration  none\n\
+         passport   none\n"
     );
     let told = agent.run(&["--json", "vm", "show", "web"]);
     assert_eq!(serde_json::from_str::<Value>(&told.stdout).unwrap(), vm());

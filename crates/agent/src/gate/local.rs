@@ -1,0 +1,213 @@
+//! What is done to a VM on this host alone: taking it over, ending its migration, removing it.
+
+use palanquin_api::control::MigrationInfo;
+use palanquin_engine::MigrationId;
+use palanquin_trust::decision::{Action, Reason};
+use palanquin_trust::{Identity, Kind, Passport, Verified};
+use uuid::Uuid;
+
+use super::journal::{Subject, kept};
+use super::passports::{follows, judges_nothing, not_journaled, verify_any};
+use super::{Ask, Caller, Clearance, Proven, Refusal, refusal};
+use crate::agent::Agent;
+use crate::operations::Answer;
+
+impl Caller {
+    /// As it is journaled where it is no operator.
+    pub fn local_user(self) -> String {
+        format!("local user {}", self.uid)
+    }
+}
+
+/// A VM that is to be taken over, with its passport.
+#[derive(Debug, Default)]
+pub struct Adoption(Option<Verified<Passport>>);
+
+impl Adoption {
+    /// The VM that the passport is for.
+    pub fn vm(&self) -> Option<Uuid> {
+        self.0.as_ref().map(|passport| passport.vm)
+    }
+}
+
+impl Agent {
+    /// Whoever asks, as an operator; absent where nothing is judged.
+    pub(crate) fn operator_of(
+        &self,
+        caller: Caller,
+        action: Action,
+        vm: Option<Uuid>,
+        what: &str,
+    ) -> Answer<Option<Identity>> {
+        self.gate.operator(caller).map_err(|reason| {
+            let subject = Subject {
+                action,
+                operator: &caller.local_user(),
+                vm,
+                migration: None,
+            };
+            self.refused_here(&subject, &reason.into(), what)
+        })
+    }
+
+    pub(crate) fn refused_here(
+        &self,
+        subject: &Subject<'_>,
+        refused: &Refusal,
+        what: &str,
+    ) -> palanquin_api::control::ApiError {
+        self.note_refusal(subject, refused);
+        refusal(what, &refused.reasons)
+    }
+
+    /// Judges whether a VM may be taken over, with the passport that comes with it. It is not kept yet, see
+    /// [`Agent::adopted`].
+    ///
+    /// # Errors
+    ///
+    /// A gate refuses, or there is a passport and nothing is judged.
+    pub fn clear_adoption(
+        &self,
+        caller: Caller,
+        name: &str,
+        passport: Option<&[u8]>,
+    ) -> Answer<Adoption> {
+        let Some(books) = self.gate.books() else {
+            return match passport {
+                Some(_) => Err(judges_nothing()),
+                None => Ok(Adoption(None)),
+            };
+        };
+        let what = format!("taking over VM {name:?}");
+        let operator = self.operator_of(caller, Action::Adopt, None, &what)?;
+        let operator = operator.ok_or_else(judges_nothing)?;
+        let shown = operator.to_string();
+        let subject = |vm| Subject {
+            action: Action::Adopt,
+            operator: &shown,
+            vm,
+            migration: None,
+        };
+        let given = match passport {
+            Some(bytes) => verify_any(&books, bytes),
+            None => Err(Reason::new(
+                palanquin_trust::Gate::Passport,
+                "passport-missing",
+                "no passport of the VM's owner is given",
+                "Give the VM's passport with --passport.",
+            )),
+        };
+        let given =
+            given.map_err(|reason| self.refused_here(&subject(None), &reason.into(), &what))?;
+        let vm = given.vm;
+        let judged = self
+            .last_passport(vm)
+            .map_err(Refusal::from)
+            .and_then(|last| {
+                follows(&given, last.as_ref())?;
+                Clearance::ask(
+                    books,
+                    Ask::here(Action::Adopt, vm, self.gate.host()),
+                    operator.clone(),
+                    (given, last.as_ref()),
+                    Vec::new(),
+                    Proven::default(),
+                    self.unix_s(),
+                )
+            });
+        let cleared =
+            judged.map_err(|refused| self.refused_here(&subject(Some(vm)), &refused, &what))?;
+        if !self.note_decision(kept(cleared.permit().decision(), None)) {
+            return Err(not_journaled());
+        }
+        Ok(Adoption(Some(cleared.passport)))
+    }
+
+    /// The VM is taken over: its passport is kept.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be written, or a newer one was given in this moment.
+    pub fn adopted(&self, adoption: &Adoption) -> Answer<()> {
+        match &adoption.0 {
+            Some(passport) => self
+                .take_passport(passport)
+                .map_err(|reason| refusal("the passport", &[reason])),
+            None => Ok(()),
+        }
+    }
+
+    /// Judges whether something that moves nothing may be done to a VM.
+    fn clear_here(
+        &self,
+        caller: Caller,
+        ask: impl FnOnce() -> Ask,
+        migration: Option<MigrationId>,
+        what: &str,
+    ) -> Answer<()> {
+        let Some(books) = self.gate.books() else {
+            return Ok(());
+        };
+        let ask = ask();
+        let (action, vm) = (ask.action, ask.vm);
+        let operator = self.operator_of(caller, action, Some(vm), what)?;
+        let operator = operator.ok_or_else(judges_nothing)?;
+        let shown = operator.to_string();
+        let judged = self.passport_of(&books, vm).map_err(Refusal::from);
+        let judged = judged.and_then(|(passport, last)| {
+            Clearance::ask(
+                books,
+                ask,
+                operator,
+                (passport, Some(&last)),
+                Vec::new(),
+                Proven::default(),
+                self.unix_s(),
+            )
+        });
+        let cleared = judged.map_err(|refused| {
+            let subject = Subject {
+                action,
+                operator: &shown,
+                vm: Some(vm),
+                migration,
+            };
+            self.refused_here(&subject, &refused, what)
+        })?;
+        if self.note_decision(kept(cleared.permit().decision(), migration)) {
+            Ok(())
+        } else {
+            Err(not_journaled())
+        }
+    }
+
+    /// Judges whether a VM may be ended and removed from this host.
+    ///
+    /// # Errors
+    ///
+    /// A gate refuses.
+    pub fn clear_erasure(&self, caller: Caller, vm: Uuid, name: &str) -> Answer<()> {
+        let ask = || Ask::here(Action::Erase, vm, self.gate.host());
+        self.clear_here(caller, ask, None, &format!("ending VM {name:?}"))
+    }
+
+    /// Judges whether a migration may be ended, or decided by an operator's word: `erases` where that gives the VM up here.
+    ///
+    /// # Errors
+    ///
+    /// A gate refuses.
+    pub fn clear_ending(&self, caller: Caller, info: &MigrationInfo, erases: bool) -> Answer<()> {
+        let action = if erases { Action::Erase } else { Action::Abort };
+        let host = |name: &str| {
+            let domain = self.gate.host().trust_domain();
+            Identity::new(domain, Kind::Host, name).unwrap_or_else(|_| self.gate.host().clone())
+        };
+        let ask = || Ask {
+            source: host(&info.from),
+            target: host(&info.to),
+            ..Ask::here(action, info.vm_uuid, self.gate.host())
+        };
+        let migration = Some(MigrationId(*info.id.as_bytes()));
+        self.clear_here(caller, ask, migration, "ending the migration")
+    }
+}

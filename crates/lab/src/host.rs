@@ -38,6 +38,10 @@ pub struct HostSpec {
     pub memory_reserve_mib: u64,
     /// Directory with `NAME.pem`, `NAME.key` and `ca.pem`.
     pub identity: PathBuf,
+    /// Further lines of `[limits]`.
+    pub limits: Vec<String>,
+    /// The section `[trust]`; none where nothing is judged.
+    pub trust: Option<String>,
 }
 
 /// A host.
@@ -131,6 +135,8 @@ impl Host {
             peers,
             memory_reserve_mib,
             identity,
+            limits,
+            trust,
             ..
         } = &self.spec;
         let guest = paths::guest_dir()?;
@@ -138,16 +144,20 @@ impl Host {
             "name = {name:?}\nstate-dir = {:?}\nruntime-dir = {:?}\n\
              [tls]\nca = {:?}\ncertificate = {:?}\nkey = {:?}\n\
              [listen]\nmigration = \"0.0.0.0:{PORT}\"\n\
-             [limits]\nmemory-reserve = \"{memory_reserve_mib}MiB\"\npeer-silence = \"3s\"\nredial = \"12s\"\n\
+             [limits]\nmemory-reserve = \"{memory_reserve_mib}MiB\"\npeer-silence = \"3s\"\nredial = \"12s\"\n{}\n\
              [qemu]\nallowed-paths = [{guest:?}]\nuser = \"nobody\"\n",
             self.dir.join("s"),
             self.dir.join("r"),
             identity.join("ca.pem"),
             identity.join(format!("{name}.pem")),
             identity.join(format!("{name}.key")),
+            limits.join("\n"),
         );
         for (peer, address) in peers {
             text += &format!("[hosts.{peer}]\naddress = \"{address}:{PORT}\"\n");
+        }
+        if let Some(trust) = trust {
+            text += trust;
         }
         fs::write(self.config(), text)?;
         Ok(())
@@ -258,6 +268,13 @@ impl Host {
     /// Kills the agent by SIGKILL; its VMs go on.
     pub fn kill_agent(&mut self) {
         self.agent = None;
+    }
+
+    /// Lets the agent read policies and keys again, without waiting for it.
+    pub fn reload_agent(&self) {
+        if let Some(agent) = &self.agent {
+            agent.signal(Signal::HUP);
+        }
     }
 
     /// Asks the agent to end, and waits for it.
@@ -395,9 +412,20 @@ impl Host {
     ///
     /// If it does not.
     pub fn boot(&self, guest: &GuestSpec) -> Result<Console> {
+        self.boot_with(guest, &[])
+    }
+
+    /// As [`Host::boot`], with more words for `palanquin vm run`.
+    ///
+    /// # Errors
+    ///
+    /// If it does not boot.
+    pub fn boot_with(&self, guest: &GuestSpec, more: &[&str]) -> Result<Console> {
         let spec = self.dir.join(format!("{}.toml", guest.name));
         fs::write(&spec, guest.to_toml()?)?;
-        self.palanquin(&["vm", "run", &spec.display().to_string()])?
+        let shown = spec.display().to_string();
+        let words = [&["vm", "run", &shown], more].concat();
+        self.palanquin(&words)?
             .expect_status(0)
             .with_context(|| self.log_tail())?;
         let console = self.console(&guest.name)?;

@@ -18,5 +18,6 @@ pub mod probe;
 pub mod process;
 pub mod qemu;
 pub mod rig;
+pub mod trust;
 pub mod wait;
 pub mod witness;

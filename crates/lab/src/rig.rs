@@ -139,6 +139,8 @@ impl Rig {
                 .collect(),
             memory_reserve_mib: 256,
             identity: self.issue("ca", "host", name)?,
+            limits: Vec::new(),
+            trust: None,
         };
         // A short name, because sockets lie below it.
         Host::new(host, self.dir.0.join(index.to_string()), namespace)
@@ -314,7 +316,8 @@ fn address(index: usize) -> String {
     format!("10.77.0.{}", index + 1)
 }
 
-fn palanquin(words: &[&str]) -> Result<Told> {
+/// Runs `palanquin` without an agent.
+pub(crate) fn palanquin(words: &[&str]) -> Result<Told> {
     let mut command = Command::new(paths::program("palanquin")?);
     let output = process::output(command.args(words), SHORT)?;
     Ok(Told {

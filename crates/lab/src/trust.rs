@@ -1,0 +1,184 @@
+//! A rig whose hosts judge: each by its own policies, with one owner and some operators.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use palanquin_api::control::GateDecision;
+use uuid::Uuid;
+
+use crate::control;
+use crate::host::Host;
+use crate::rig::{Rig, RigSpec, palanquin};
+
+/// Trust domain of a rig's authority.
+pub const DOMAIN: &str = "palanquin.internal";
+
+/// Policies that let the owner's operators do everything.
+pub const PERMISSIVE: &str = r#"
+@id("operators-move")
+permit (
+  principal in Role::"migrator",
+  action in [Action::"migrateOut", Action::"migrateIn", Action::"adopt", Action::"abort", Action::"erase"],
+  resource
+)
+when { principal.tenants.contains(resource.tenant) };
+"#;
+
+/// A rig whose hosts judge.
+#[derive(Debug)]
+pub struct JudgingRig {
+    /// The rig.
+    pub rig: Rig,
+    owner: PathBuf,
+    approver: PathBuf,
+}
+
+/// An identity in the rig's trust domain.
+pub fn identity(kind: &str, name: &str) -> String {
+    format!("spiffe://{DOMAIN}/{kind}/{name}")
+}
+
+impl JudgingRig {
+    /// Two hosts with [`PERMISSIVE`] policies; whoever is root is operator alice, of the owner acme. Operator mallory
+    /// works for another owner, and bob is a security officer.
+    ///
+    /// # Errors
+    ///
+    /// If a part is missing.
+    pub fn new() -> Result<Self> {
+        let rig = Rig::without_agents(&RigSpec::default())?;
+        let keys = rig.dir().join("keys");
+        let acme = identity("owner", "acme");
+        let shown = keys.display().to_string();
+        palanquin(&["passport", "keygen", &acme, "--out", &shown])?.expect_status(0)?;
+        let approver = rig.issue("ca", "operator", "bob")?;
+        let mut judging = Self {
+            rig,
+            owner: keys,
+            approver,
+        };
+        for index in 0..judging.rig.hosts.len() {
+            fs::create_dir(judging.policies(index))?;
+            fs::write(judging.policies(index).join("directory.toml"), DIRECTORY)?;
+            judging.set_policies(index, PERMISSIVE)?;
+            judging.set_operator(index, "alice")?;
+            judging.rig.hosts[index].start_agent()?;
+        }
+        Ok(judging)
+    }
+
+    fn policies(&self, index: usize) -> PathBuf {
+        self.rig.dir().join(format!("policies-{index}"))
+    }
+
+    /// Writes the policies of a host. They count from its agent's next start, or [`Host::reload_agent`].
+    ///
+    /// # Errors
+    ///
+    /// If they can't be written.
+    pub fn set_policies(&self, index: usize, cedar: &str) -> Result<()> {
+        // A reader must not find half of them.
+        let new = self.policies(index).join("new");
+        fs::write(&new, cedar)?;
+        fs::rename(new, self.policies(index).join("all.cedar"))?;
+        Ok(())
+    }
+
+    /// Writes into a host's configuration which operator root is; it counts from its agent's next start.
+    ///
+    /// # Errors
+    ///
+    /// If it can't be written.
+    pub fn set_operator(&mut self, index: usize, name: &str) -> Result<()> {
+        let policies = self.policies(index);
+        let (acme, bob) = (identity("owner", "acme"), identity("operator", "bob"));
+        let trust = format!(
+            "[trust]\npolicies = {policies:?}\n\
+             [trust.owners]\n{acme:?} = [{:?}]\n\
+             [trust.approvers]\n{bob:?} = [{:?}]\n\
+             [trust.operators]\nroot = {:?}\n",
+            self.owner.join("acme.pub"),
+            self.approver.join("bob.pem"),
+            identity("operator", name),
+        );
+        let host = &mut self.rig.hosts[index];
+        host.spec.trust = Some(trust);
+        host.write_config()
+    }
+
+    /// Signs a passport of that version as the owner; gives the file. `more` are further lines of its specification.
+    ///
+    /// # Errors
+    ///
+    /// If it is refused.
+    pub fn passport(&self, vm: Uuid, version: u64, more: &str) -> Result<String> {
+        let acme = identity("owner", "acme");
+        let spec = self.rig.dir().join(format!("{vm}-{version}.toml"));
+        let out = self.rig.dir().join(format!("{vm}-{version}.passport"));
+        let text = format!(
+            "vm = \"{vm}\"\nowner = {acme:?}\nversion = {version}\nnot-before = 2026-01-01T00:00:00Z\n\
+             expires = 2100-01-01T00:00:00Z\nsensitivity = 1\n{more}"
+        );
+        fs::write(&spec, text)?;
+        let key = self.owner.join("acme.key");
+        let [spec, key, out] = [spec, key, out].map(|path| path.display().to_string());
+        let words = ["passport", "sign", &spec, "--key", &key, "--out", &out];
+        palanquin(&words)?.expect_status(0)?;
+        Ok(out)
+    }
+
+    /// Signs as bob that the VM may move from one host to the other; gives the file.
+    ///
+    /// # Errors
+    ///
+    /// If it is refused.
+    pub fn approval(&self, vm: Uuid, from: usize, to: usize) -> Result<String> {
+        let host = |index: usize| identity("host", self.rig.hosts[index].name());
+        let out = self.rig.dir().join(format!("{vm}.approval"));
+        let key = self.approver.join("bob.key");
+        let [key, out] = [key, out].map(|path| path.display().to_string());
+        let (bob, vm) = (identity("operator", "bob"), vm.to_string());
+        let words = [
+            "approval",
+            "sign",
+            "--operator",
+            &bob,
+            "--key",
+            &key,
+            "--vm",
+            &vm,
+            "--from",
+            &host(from),
+            "--to",
+            &host(to),
+            "--out",
+            &out,
+        ];
+        palanquin(&words)?.expect_status(0)?;
+        Ok(out)
+    }
+}
+
+/// What the gates of a host have decided, oldest first.
+///
+/// # Errors
+///
+/// If its agent does not answer.
+pub fn decisions(host: &Host) -> Result<Vec<GateDecision>> {
+    control::get(&host.socket(), "/v1/decisions")
+}
+
+const DIRECTORY: &str = r#"version = 1
+roles = ["migrator", "security-officer"]
+[operators."spiffe://palanquin.internal/operator/alice"]
+roles = ["migrator"]
+tenants = ["spiffe://palanquin.internal/owner/acme"]
+[operators."spiffe://palanquin.internal/operator/mallory"]
+roles = ["migrator"]
+tenants = ["spiffe://palanquin.internal/owner/globex"]
+[operators."spiffe://palanquin.internal/operator/bob"]
+roles = ["security-officer"]
+[hosts."spiffe://palanquin.internal/host/a"]
+[hosts."spiffe://palanquin.internal/host/b"]
+"#;

@@ -40,6 +40,7 @@ pub(crate) const ALL: &[Target] = &[
     operator::SIZES,
     operator::BODIES,
     certificate::CERTIFICATE,
+    trust::CREDENTIALS,
     trust::ENVELOPE,
     trust::DOCUMENTS,
     trust::EVIDENCE,

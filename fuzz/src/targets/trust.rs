@@ -7,6 +7,7 @@ use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair};
 use coset::iana::Algorithm as Number;
 use coset::{CoseSign1Builder, HeaderBuilder, TaggedCborSerializable};
+use palanquin_agent::gate::credentials::Credentials;
 use palanquin_api::control::Strategy;
 use palanquin_trust::evidence::{Challenge, EVIDENCE_MAX, Expectation, Measured, Role};
 use palanquin_trust::keys::{Algorithm, Ed25519Signer};
@@ -86,6 +87,27 @@ pub(crate) const POLICIES: Target = Target::new("policies", policies, || {
         "Action::\"migrateOut\"", "if ", " then ", " else ", " && ", " || ", "9223372036854775807",
     ])
 });
+
+/// What comes with an offer.
+pub(crate) const CREDENTIALS: Target = Target::new("credentials", credentials, || {
+    let credentials = Credentials {
+        order: vec![1; 300].into(),
+        passport: vec![2; 200].into(),
+        approvals: vec![vec![3; 100].into(), Vec::new().into()],
+        evidence: Vec::new().into(),
+    };
+    let bytes = credentials.to_bytes().expect("short");
+    // A length that nothing follows, and a map without end.
+    vec![bytes, b"\xa1\x00\x5b\xff\xff\xff\xff\xff\xff\xff\xff".to_vec(), b"\xbf\x02\x9f".to_vec()]
+});
+
+fn credentials(data: &[u8]) {
+    let read = within(data.len() * 8 + (64 << 10), || Credentials::from_bytes(data));
+    if let Ok(credentials) = read {
+        let bytes = credentials.to_bytes().expect("no longer than it was");
+        assert_eq!(Credentials::from_bytes(&bytes), Ok(credentials));
+    }
+}
 
 fn id(uri: &str) -> Identity {
     format!("spiffe://example.org/{uri}")

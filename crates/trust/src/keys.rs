@@ -110,6 +110,15 @@ impl PublicKey {
         }
     }
 
+    /// DER of its `SubjectPublicKeyInfo` (RFC 5280, section 4.1.2.7).
+    pub fn to_spki_der(&self) -> Vec<u8> {
+        let head = match self.algorithm {
+            Algorithm::Ed25519 => SPKI_ED25519,
+            Algorithm::EcdsaP256 => SPKI_P256,
+        };
+        [head, &self.raw].concat()
+    }
+
     /// How it signs.
     pub fn algorithm(&self) -> Algorithm {
         self.algorithm
@@ -318,6 +327,7 @@ pub(crate) mod tests {
         let raw = signer(1).public_key().raw;
         let der = [SPKI_ED25519, &raw].concat();
         assert_eq!(PublicKey::from_spki_der(&der), Ok(signer(1).public_key()));
+        assert_eq!(signer(1).public_key().to_spki_der(), der);
         let point = P256::new().public_key();
         let p256 = [SPKI_P256, &point.raw].concat();
         assert_eq!(PublicKey::from_spki_der(&p256), Ok(point));

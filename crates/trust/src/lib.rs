@@ -25,6 +25,7 @@ mod cbor;
 pub mod approval;
 pub mod decision;
 pub mod digest;
+pub mod enrolment;
 pub mod evidence;
 pub mod identity;
 pub mod keys;

@@ -172,6 +172,8 @@ fn measured() -> Measured {
         command_line: None,
         policy_version: 5,
         policy_sha256: Sha256([6; 32]),
+        code: None,
+        container: None,
     }
 }
 

@@ -5,6 +5,10 @@
 //! it gives the registers that a TPM quoted. What that proves are the digests; the data beside them may be anything and is
 //! left out.
 
+use std::collections::BTreeMap;
+
+use minicbor::{Decode, Encode};
+
 use super::quote::{PCRS, Quote};
 use crate::digest::Sha256;
 
@@ -43,14 +47,29 @@ pub enum EventLogError {
 }
 
 /// Something that was measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct Event {
     /// Register that it was measured into.
+    #[n(0)]
     pub register: u8,
     /// Kind of event, as the profile numbers them.
+    #[n(1)]
     pub kind: u32,
     /// What was measured, as a digest.
+    #[n(2)]
     pub digest: Sha256,
+}
+
+/// What a log says, before it has been compared with registers: anybody may have written it.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Log {
+    /// With which the TPM was started: register 0 begins with it.
+    #[n(0)]
+    locality: u8,
+    /// In order.
+    #[n(1)]
+    events: Vec<Event>,
 }
 
 /// A log that gives the registers that were quoted.
@@ -152,13 +171,13 @@ impl<'a> Reader<'a> {
     }
 }
 
-impl VerifiedLog {
-    /// Replays a log.
+impl Log {
+    /// Reads a log.
     ///
     /// # Errors
     ///
-    /// It is none, or gives other registers than those quoted.
-    pub fn verify(bytes: &[u8], quote: &Quote) -> Result<Self, EventLogError> {
+    /// It is none, or too long.
+    pub fn read(bytes: &[u8]) -> Result<Self, EventLogError> {
         if bytes.len() > LOG_MAX {
             return Err(EventLogError::TooLong);
         }
@@ -167,8 +186,10 @@ impl VerifiedLog {
             event: 0,
         };
         let banks = reader.header()?;
-        let mut registers = initial();
-        let mut events = Vec::new();
+        let mut log = Self {
+            locality: 0,
+            events: Vec::new(),
+        };
         while !reader.left.is_empty() {
             reader.event += 1;
             if reader.event > EVENTS_MAX {
@@ -176,17 +197,96 @@ impl VerifiedLog {
             }
             let (event, data) = reader.event(&banks)?;
             if event.kind != NO_ACTION {
-                let register = &mut registers[usize::from(event.register)];
-                *register = Sha256::of_parts(&[&register.0, &event.digest.0]);
-                events.push(event);
+                log.events.push(event);
             } else if let Some(locality) = data.strip_prefix(STARTUP) {
-                // Only before anything is measured; localities by TPM2_Startup or an H-CRTM.
-                match (locality, event.register, events.is_empty()) {
-                    ([locality @ (0 | 3 | 4)], 0, true) => registers[0].0[31] = *locality,
+                // Only before anything is measured.
+                match (locality, event.register, log.events.is_empty()) {
+                    ([locality], 0, true) if is_locality(*locality) => log.locality = *locality,
                     _ => return Err(EventLogError::Value(reader.event)),
                 }
             }
         }
+        Ok(log)
+    }
+
+    /// Without what was measured into other registers than these (bit n is register n).
+    #[must_use]
+    pub fn of_registers(mut self, pcrs: u32) -> Self {
+        let is_wanted = |register: u8| register < PCRS && pcrs >> register & 1 == 1;
+        self.events.retain(|event| is_wanted(event.register));
+        if !is_wanted(0) {
+            self.locality = 0;
+        }
+        self
+    }
+
+    /// How much was measured.
+    pub fn len(&self) -> usize {
+        self.events.len()
+    }
+
+    /// Whether nothing was measured.
+    pub fn is_empty(&self) -> bool {
+        self.events.is_empty()
+    }
+
+    /// Registers as these events leave them.
+    ///
+    /// # Errors
+    ///
+    /// A register or locality that there is not.
+    fn replay(&self) -> Result<[Sha256; PCRS as usize], EventLogError> {
+        if !is_locality(self.locality) || self.events.len() > EVENTS_MAX {
+            return Err(EventLogError::Value(0));
+        }
+        let mut registers = initial();
+        registers[0].0[31] = self.locality;
+        for (at, event) in self.events.iter().enumerate() {
+            let register = registers.get_mut(usize::from(event.register));
+            let register = register.ok_or(EventLogError::Value(at + 1))?;
+            *register = Sha256::of_parts(&[&register.0, &event.digest.0]);
+        }
+        Ok(registers)
+    }
+
+    /// The events of each of these registers for which they give the value that a TPM quoted. Where they do not, what the
+    /// log says of that register is worth nothing: operating systems measure more than firmware notes.
+    ///
+    /// # Errors
+    ///
+    /// A register or locality that there is not.
+    pub fn explain(
+        &self,
+        quoted: &BTreeMap<u8, Sha256>,
+    ) -> Result<BTreeMap<u8, Vec<Event>>, EventLogError> {
+        let registers = self.replay()?;
+        let explained = quoted
+            .iter()
+            .filter(|(register, value)| registers.get(usize::from(**register)) == Some(value));
+        let events = |register: u8| {
+            let all = self.events.iter().copied();
+            all.filter(|event| event.register == register).collect()
+        };
+        Ok(explained
+            .map(|(register, _)| (*register, events(*register)))
+            .collect())
+    }
+}
+
+/// Localities by `TPM2_Startup` or an H-CRTM.
+fn is_locality(locality: u8) -> bool {
+    matches!(locality, 0 | 3 | 4)
+}
+
+impl VerifiedLog {
+    /// Replays a log.
+    ///
+    /// # Errors
+    ///
+    /// It is none, or gives other registers than those quoted.
+    pub fn verify(bytes: &[u8], quote: &Quote) -> Result<Self, EventLogError> {
+        let log = Log::read(bytes)?;
+        let registers = log.replay()?;
         let quoted = (0..PCRS).filter(|register| quote.pcrs >> register & 1 == 1);
         let values: Vec<&[u8]> = quoted
             .map(|register| &registers[usize::from(register)].0[..])
@@ -194,11 +294,10 @@ impl VerifiedLog {
         if Sha256::of_parts(&values) != quote.pcr_digest {
             return Err(EventLogError::Mismatch);
         }
-        events.retain(|event| quote.pcrs >> event.register & 1 == 1);
         Ok(Self {
             registers,
             quoted: quote.pcrs,
-            events,
+            events: log.of_registers(quote.pcrs).events,
         })
     }
 

@@ -5,12 +5,18 @@
 //! proves nothing here (`CVE-2026-33697`).
 
 mod event_log;
+pub mod public;
 mod quote;
+pub mod registers;
+
+use std::collections::BTreeMap;
 
 use minicbor::{Decode, Encode};
 use uuid::Uuid;
 
-pub use event_log::{EVENTS_MAX, Event, EventLogError, LOG_MAX, VerifiedLog};
+pub use event_log::{EVENTS_MAX, Event, EventLogError, LOG_MAX, Log, VerifiedLog};
+#[cfg(test)]
+pub(crate) use quote::tests as quote_tests;
 pub use quote::{PCRS, Quote, QuoteError};
 
 use crate::cbor::{self, CborError};
@@ -78,6 +84,24 @@ pub struct Measured {
     /// Digest of these policies.
     #[n(3)]
     pub policy_sha256: Sha256,
+    /// Digest over the hypervisor's binary and every library whose code it runs, as they lie on the disk.
+    #[n(4)]
+    pub code: Option<Sha256>,
+    /// The process that is to take the VM, where there is one.
+    #[n(5)]
+    pub container: Option<Container>,
+}
+
+/// What a target has found out of the process that is to take a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Container {
+    /// Guest RAM that held no data when the VM was prepared, in bytes: all of it.
+    #[n(0)]
+    pub empty_bytes: u64,
+    /// Whether nobody can change the size of that RAM any more (memfd seals against growing and shrinking).
+    #[n(1)]
+    pub is_sealed: bool,
 }
 
 /// What a host answers. Nothing of it is used before [`Evidence::verify`].
@@ -90,6 +114,12 @@ pub struct Evidence {
     attest: Vec<u8>,
     #[cbor(n(2), with = "minicbor::bytes")]
     signature: Vec<u8>,
+    /// Values of the quoted registers, lowest first: the quote has only a digest over them.
+    #[n(3)]
+    registers: Option<Vec<Sha256>>,
+    /// What was measured into them.
+    #[n(4)]
+    log: Option<Log>,
 }
 
 impl std::fmt::Debug for Evidence {
@@ -118,6 +148,8 @@ pub struct VerifiedClaims {
     challenge: Challenge,
     measured: Measured,
     quote: Quote,
+    registers: BTreeMap<u8, Sha256>,
+    events: BTreeMap<u8, Vec<Event>>,
     verified_unix_s: u64,
     expires_unix_s: u64,
 }
@@ -142,6 +174,12 @@ pub enum EvidenceError {
     /// Registers that matter were left out.
     #[error("registers {0:#x} (as bits) had to be quoted and were not")]
     Registers(u32),
+    /// Other values than those over which the TPM made its digest.
+    #[error("the values of the registers are not those that the TPM quoted")]
+    Values,
+    /// Something that can't be a log.
+    #[error("the log of what was measured cannot be one: {0}")]
+    Log(EventLogError),
     /// Another TPM's state, or one that was put back.
     #[error("the TPM has counted {quoted} resets, and it was at {known} before")]
     Rollback {
@@ -160,6 +198,8 @@ impl EvidenceError {
             Self::Quote(_) => "evidence-quote",
             Self::Binding => "evidence-binding",
             Self::Registers(_) => "evidence-registers",
+            Self::Values => "evidence-values",
+            Self::Log(_) => "evidence-log",
             Self::Rollback { .. } => "evidence-rollback",
         }
     }
@@ -180,7 +220,26 @@ impl Evidence {
             measured,
             attest,
             signature,
+            registers: None,
+            log: None,
         }
+    }
+
+    /// With the values of the quoted registers, lowest first, so that it can be said which one differs.
+    #[must_use]
+    pub fn with_registers(mut self, values: Vec<Sha256>) -> Self {
+        self.registers = Some(values);
+        self
+    }
+
+    /// With what was measured into them, where that fits into [`EVIDENCE_MAX`], so that it can be said what differs.
+    #[must_use]
+    pub fn with_log(mut self, log: Log) -> Self {
+        self.log = Some(log);
+        if self.to_bytes().len() > EVIDENCE_MAX {
+            self.log = None;
+        }
+        self
     }
 
     /// As it is sent.
@@ -226,10 +285,20 @@ impl Evidence {
                 known: expected.reset_count_min,
             });
         }
+        let registers = match self.registers {
+            Some(values) => quote.registers(&values).ok_or(EvidenceError::Values)?,
+            None => BTreeMap::new(),
+        };
+        let events = match self.log {
+            Some(log) => log.explain(&registers).map_err(EvidenceError::Log)?,
+            None => BTreeMap::new(),
+        };
         Ok(VerifiedClaims {
             challenge,
             measured: self.measured,
             quote,
+            registers,
+            events,
             verified_unix_s: now_unix_s,
             expires_unix_s: now_unix_s.saturating_add(expected.lifetime_s),
         })
@@ -250,6 +319,16 @@ impl VerifiedClaims {
     /// What the TPM said.
     pub fn quote(&self) -> &Quote {
         &self.quote
+    }
+
+    /// Values of the quoted registers, as far as the host has told them: nothing or all.
+    pub fn registers(&self) -> &BTreeMap<u8, Sha256> {
+        &self.registers
+    }
+
+    /// What was measured into the registers whose value the host's log explains.
+    pub fn events(&self) -> &BTreeMap<u8, Vec<Event>> {
+        &self.events
     }
 
     /// When it was verified, seconds since 1970.
@@ -287,6 +366,8 @@ pub(crate) mod tests {
             command_line: None,
             policy_version: 5,
             policy_sha256: Sha256([6; 32]),
+            code: None,
+            container: None,
         }
     }
 
@@ -328,6 +409,37 @@ pub(crate) mod tests {
         }
         let long = Evidence::from_bytes(&[0; EVIDENCE_MAX + 1]);
         assert_eq!(long, Err(EvidenceError::TooLong(EVIDENCE_MAX + 1)));
+    }
+
+    #[test]
+    fn values_of_registers_are_believed_where_the_tpm_quoted_them() {
+        let tpm = P256::new();
+        let values: Vec<Sha256> = (0..8).map(|n| Sha256([n; 32])).collect();
+        let parts: Vec<&[u8]> = values.iter().map(|value| &value.0[..]).collect();
+        let verify = |values: Vec<Sha256>| {
+            let binding = challenge().binding(&measured());
+            let attest = quote::tests::attest(&binding.0, 0xff, &Sha256::of_parts(&parts));
+            let signature = quote::tests::signature(&attest, &tpm);
+            let evidence = Evidence::new(measured(), attest, signature).with_registers(values);
+            let evidence = Evidence::from_bytes(&evidence.to_bytes()).unwrap();
+            let expected = Expectation {
+                key: &tpm.public_key(),
+                pcrs: 0xff,
+                reset_count_min: 0,
+                lifetime_s: 1,
+            };
+            evidence.verify(challenge(), &expected, 0)
+        };
+        let claims = verify(values.clone()).unwrap();
+        assert_eq!(claims.registers().len(), 8);
+        assert_eq!(claims.registers()[&7], Sha256([7; 32]));
+        let mut lying = values.clone();
+        lying.swap(0, 1);
+        assert_eq!(verify(lying), Err(EvidenceError::Values));
+        assert_eq!(verify(values[1..].to_vec()), Err(EvidenceError::Values));
+        let more = [&values[..], &values[..1]].concat();
+        assert_eq!(verify(more), Err(EvidenceError::Values));
+        assert_eq!(verify(Vec::new()), Err(EvidenceError::Values));
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //!
 //! Integers are big endian. Every length is compared with its bound and with what is there before it is used.
 
+use std::collections::BTreeMap;
+
 use crate::digest::Sha256;
 use crate::keys::{Algorithm, PublicKey};
 
@@ -72,10 +74,10 @@ pub enum QuoteError {
 }
 
 /// Bytes from which nothing is taken that is not there.
-struct Reader<'a>(&'a [u8]);
+pub(super) struct Reader<'a>(pub(super) &'a [u8]);
 
 impl<'a> Reader<'a> {
-    fn take(&mut self, len: usize, what: &'static str) -> Result<&'a [u8], QuoteError> {
+    pub(super) fn take(&mut self, len: usize, what: &'static str) -> Result<&'a [u8], QuoteError> {
         let (head, tail) = self
             .0
             .split_at_checked(len)
@@ -84,26 +86,33 @@ impl<'a> Reader<'a> {
         Ok(head)
     }
 
-    fn array<const N: usize>(&mut self, what: &'static str) -> Result<[u8; N], QuoteError> {
+    pub(super) fn array<const N: usize>(
+        &mut self,
+        what: &'static str,
+    ) -> Result<[u8; N], QuoteError> {
         let (head, tail) = self.0.split_first_chunk().ok_or(QuoteError::Short(what))?;
         self.0 = tail;
         Ok(*head)
     }
 
-    fn u16(&mut self, what: &'static str) -> Result<u16, QuoteError> {
+    pub(super) fn u16(&mut self, what: &'static str) -> Result<u16, QuoteError> {
         self.array(what).map(u16::from_be_bytes)
     }
 
-    fn u32(&mut self, what: &'static str) -> Result<u32, QuoteError> {
+    pub(super) fn u32(&mut self, what: &'static str) -> Result<u32, QuoteError> {
         self.array(what).map(u32::from_be_bytes)
     }
 
-    fn u64(&mut self, what: &'static str) -> Result<u64, QuoteError> {
+    pub(super) fn u64(&mut self, what: &'static str) -> Result<u64, QuoteError> {
         self.array(what).map(u64::from_be_bytes)
     }
 
     /// A `TPM2B`: two bytes of length, and so many bytes.
-    fn sized(&mut self, most: usize, what: &'static str) -> Result<&'a [u8], QuoteError> {
+    pub(super) fn sized(
+        &mut self,
+        most: usize,
+        what: &'static str,
+    ) -> Result<&'a [u8], QuoteError> {
         let len = usize::from(self.u16(what)?);
         if len > most {
             return Err(QuoteError::Length(what));
@@ -111,7 +120,7 @@ impl<'a> Reader<'a> {
         self.take(len, what)
     }
 
-    fn end(self) -> Result<(), QuoteError> {
+    pub(super) fn end(self) -> Result<(), QuoteError> {
         match self.0.len() {
             0 => Ok(()),
             more => Err(QuoteError::Trailing(more)),
@@ -134,6 +143,16 @@ impl Quote {
             return Err(QuoteError::Signature);
         }
         Self::read(attest)
+    }
+
+    /// The quoted registers with these values, lowest first; nothing if they are not what was quoted.
+    pub fn registers(&self, values: &[Sha256]) -> Option<BTreeMap<u8, Sha256>> {
+        let parts: Vec<&[u8]> = values.iter().map(|value| &value.0[..]).collect();
+        let quoted = (0..PCRS).filter(|register| self.pcrs >> register & 1 == 1);
+        let registers: BTreeMap<u8, Sha256> = quoted.zip(values.iter().copied()).collect();
+        let complete =
+            registers.len() == values.len() && self.pcrs.count_ones() as usize == values.len();
+        (complete && Sha256::of_parts(&parts) == self.pcr_digest).then_some(registers)
     }
 
     /// Reads a `TPMS_ATTEST` whose signature was checked.

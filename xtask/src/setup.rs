@@ -8,13 +8,17 @@ use anyhow::{Result, bail};
 use crate::{programs, run};
 
 /// A file that shows that a package is there, and the package.
-const NEEDED: [(&str, &str); 10] = [
+const NEEDED: [(&str, &str); 13] = [
     ("/usr/bin/cc", "build-essential"),
+    // What the agent and the command line are linked with; the library loads what talks to the TPM.
+    ("/usr/include/tss2/tss2_esys.h", "libtss2-dev"),
+    ("/usr/bin/pkg-config", "pkg-config"),
     ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
     ("/usr/sbin/ip", "iproute2"),
     ("/usr/bin/ping", "iputils-ping"),
     ("/usr/bin/nasm", "nasm"),
     ("/usr/bin/swtpm", "swtpm"),
+    ("/usr/bin/swtpm_setup", "swtpm-tools"),
     ("/usr/bin/tcpdump", "tcpdump"),
     ("/usr/bin/tpm2_quote", "tpm2-tools"),
     ("/usr/bin/xz", "xz-utils"),

@@ -94,6 +94,22 @@ pub enum Error {
         /// The limit.
         limit_bytes: u64,
     },
+    /// What a hypervisor runs can't be found out.
+    #[error("what the hypervisor runs cannot be measured: {0}")]
+    Measure(String),
+    /// Code of a running hypervisor is not what its file holds.
+    #[error(
+        "code of the hypervisor was altered in memory, at {address:#x}, which should be as in {path}"
+    )]
+    CodeAltered {
+        /// Where.
+        address: u64,
+        /// File that it was loaded from.
+        path: PathBuf,
+    },
+    /// Another program runs than was to be started.
+    #[error("the hypervisor that was started is not the one that was measured: {0}")]
+    NotMeasured(PathBuf),
     /// A path that is too long for a UNIX socket.
     #[error("{0} is too long for a socket: at most 107 bytes; choose a shorter state directory")]
     SocketPath(PathBuf),

@@ -11,12 +11,14 @@ mod error;
 pub mod facts;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
+pub mod measure;
 mod process;
 pub mod qemu;
 mod ram_file;
 pub mod shared;
 mod sys;
 mod throttle;
+pub mod tpm;
 pub mod users;
 pub mod vm;
 mod wait;

@@ -27,6 +27,7 @@ const ALLOWED: [(&str, &[&str]); 10] = [
         "palanquin-cli",
         &[
             "palanquin-api",
+            "palanquin-host",
             "palanquin-trust",
             "palanquin-trust-files",
             "palanquin-watch",

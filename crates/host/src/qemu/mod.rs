@@ -6,6 +6,7 @@ mod confinement;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
 mod missing;
+mod program;
 mod qmp;
 mod ram;
 mod record;
@@ -18,6 +19,7 @@ mod vm;
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -27,9 +29,11 @@ pub use self::confinement::Confinement;
 pub(crate) use self::missing::Placer;
 
 use self::command_line::VM_DIR;
+use self::program::Program;
 use self::vm::QemuVm;
 use crate::Error;
 use crate::facts;
+use crate::measure::Meter;
 use crate::process::{Process, boot_id, wait_child};
 use crate::sys::session;
 use crate::throttle;
@@ -59,6 +63,7 @@ pub struct Qemu {
     binary: PathBuf,
     allowed_paths: Vec<PathBuf>,
     confinement: Confinement,
+    meter: Arc<Meter>,
 }
 
 impl Qemu {
@@ -68,7 +73,15 @@ impl Qemu {
             binary,
             allowed_paths,
             confinement: Confinement::default(),
+            meter: Arc::default(),
         }
+    }
+
+    /// Measures what is started, with a meter that others use too.
+    #[must_use]
+    pub fn measured_by(mut self, meter: Arc<Meter>) -> Self {
+        self.meter = meter;
+        self
     }
 
     /// What those that are started from now on may not do.
@@ -87,8 +100,10 @@ impl Qemu {
         let log_path = vm_dir.join("qemu.log");
         let log = fs::File::create(&log_path).map_err(Error::io("making QEMU's log"))?;
         let dir = vm_dir.to_string_lossy();
-        let mut command = Command::new(&self.binary);
+        let program = Program::open(&self.binary, vm_dir, &self.meter)?;
+        let mut command = Command::new(program.path());
         command
+            .arg0(&self.binary)
             .args(
                 arguments
                     .iter()
@@ -119,7 +134,13 @@ impl Qemu {
         let deadline = Instant::now() + START_TIMEOUT;
         loop {
             match vm.run_state() {
-                Ok(_) => return Ok(vm),
+                Ok(_) => {
+                    if let Err(error) = program.check(&vm.process, &self.meter) {
+                        vm.process.kill(KILL_TIMEOUT);
+                        return Err(error);
+                    }
+                    return Ok(vm);
+                }
                 Err(error) => {
                     if vm.process.has_ended(Duration::from_millis(10)) {
                         return Err(failed());

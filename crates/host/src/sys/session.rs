@@ -21,6 +21,20 @@ pub fn inherit_nothing(command: &mut Command) -> &mut Command {
     }
 }
 
+/// Lets no program that is started from now on have a descriptor that is open now, but the standard streams: libraries in C
+/// open theirs without that.
+#[cfg(feature = "tpm")]
+pub(crate) fn keep_descriptors() {
+    const CLOSE_RANGE_CLOEXEC: libc::c_uint = 4;
+    let (first, last): (libc::c_uint, libc::c_uint) = (3, libc::c_uint::MAX);
+    // SAFETY: with this flag close_range(2) closes nothing and touches no memory. What is to be inherited is made so between
+    // fork and exec, by those who want it.
+    unsafe {
+        // A kernel that does not know it is older than those that this runs on.
+        libc::syscall(libc::SYS_close_range, first, last, CLOSE_RANGE_CLOEXEC);
+    }
+}
+
 /// Lets the program, and all that it starts, never gain privileges: prctl(2), `PR_SET_NO_NEW_PRIVS`.
 pub(crate) fn renounce(command: &mut Command) -> &mut Command {
     // SAFETY: between fork and exec only prctl(2) is called, which is async-signal-safe; nothing is allocated.

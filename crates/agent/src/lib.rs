@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod attest;
 pub mod chain;
 pub mod challenge;
 pub mod channel;

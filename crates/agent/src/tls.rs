@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use palanquin_trust::{Identity, Kind, PublicKey};
+use palanquin_trust::{Identity, Kind, PublicKey, Sha256};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
@@ -19,6 +19,7 @@ use rustls::server::danger::ClientCertVerifier;
 use rustls::sign::{CertifiedKey, SigningKey, SingleCertAndKey};
 use rustls::{AlertDescription, ClientConfig, Connection, RootCertStore, ServerConfig, version};
 
+use crate::attest::sealed;
 use crate::identity::{self, IdentityError};
 
 /// ALPN name of a control connection.
@@ -121,6 +122,8 @@ pub struct Material {
     pub key: Arc<dyn SigningKey>,
     /// This host.
     pub identity: Identity,
+    /// Digest of the policies that have to be in force where the key is used; only where it was sealed with some.
+    pub sealed_policies: Option<Sha256>,
 }
 
 /// This host's identity and whom it trusts.
@@ -236,7 +239,17 @@ impl Material {
                 expected: name.to_owned(),
             });
         }
-        let key_der = PrivateKeyDer::from_pem_slice(&read(key)?)
+        let contents = read(key)?;
+        let mut sealed_policies = None;
+        let contents = if sealed::is_sealed(&contents) {
+            let unsealed = sealed::unseal(&contents);
+            let unsealed = unsealed.map_err(|error| file(key, error.to_string()))?;
+            sealed_policies = unsealed.policies.map(Sha256);
+            unsealed.contents
+        } else {
+            contents
+        };
+        let key_der = PrivateKeyDer::from_pem_slice(&contents)
             .map_err(|error| file(key, error.to_string()))?;
         let certified = CertifiedKey::from_der(chain, key_der, &provider());
         let certified = certified.map_err(TlsError::Config)?;
@@ -245,6 +258,7 @@ impl Material {
             chain: certified.cert,
             key: certified.key,
             identity,
+            sealed_policies,
         })
     }
 }

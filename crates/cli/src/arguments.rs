@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use palanquin_api::control::{Allow, Compress, OperatorAssertion, Strategy};
 use palanquin_api::size::{Bandwidth, HumanDuration};
-use palanquin_trust::Identity;
+use palanquin_trust::{Identity, Sha256};
 use uuid::Uuid;
 
 /// Moves running VMs between hosts, encrypted, so that each lives exactly once
@@ -66,6 +66,9 @@ pub(crate) enum Command {
     /// Show what this host's gates have decided
     #[command(subcommand)]
     Decision(DecisionCommand),
+    /// Make hosts known by their TPMs, and seal keys to what a host has measured
+    #[command(subcommand)]
+    Attest(AttestCommand),
     /// Print completions for a shell
     Completions {
         /// The shell
@@ -416,6 +419,136 @@ pub(crate) enum ApprovedAction {
 pub(crate) enum DecisionCommand {
     /// List the last decisions, oldest first
     Ls,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum AttestCommand {
+    /// On a host: make the key that signs quotes, and ask to be enrolled
+    Request(AttestRequest),
+    /// At the provider: ask a question that only this host's TPM can answer
+    Challenge(AttestChallenge),
+    /// On the host: let the TPM answer
+    Answer(AttestAnswer),
+    /// At the provider: judge the answer, and write the enrolment for other hosts
+    Accept {
+        /// What `challenge` kept
+        pending: PathBuf,
+        /// What the host has answered
+        answer: PathBuf,
+        /// Values that registers may have (TOML) [default: those that they have now]
+        #[arg(long, value_name = "FILE")]
+        registers: Option<PathBuf>,
+        /// File for the enrolment, to be put into other hosts' `trust.attestation.enrolled`
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+    },
+    /// On a host: encrypt a file so that this host can read it only while its registers hold what they do now
+    Seal {
+        /// The file, as the agent's private key
+        file: PathBuf,
+        #[command(flatten)]
+        tpm: TpmArgs,
+        /// Registers, 0 to 23
+        #[arg(long, value_delimiter = ',', default_value = "0,2,4,7", value_parser = clap::value_parser!(u8).range(0..24))]
+        registers: Vec<u8>,
+        /// Directory of policies that must be in force as they are now
+        #[arg(long, value_name = "DIR")]
+        policies: Option<PathBuf>,
+        /// File for the result
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+    },
+}
+
+#[derive(Args)]
+pub(crate) struct TpmArgs {
+    /// This host's TPM; a virtual one is swtpm:host=HOST,port=PORT
+    #[arg(long, value_name = "TPM", default_value = "device:/dev/tpmrm0")]
+    pub(crate) tpm: String,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum EndorsementArg {
+    Rsa,
+    Ecc,
+}
+
+#[derive(Args)]
+pub(crate) struct AttestRequest {
+    /// This host, as in spiffe://example.org/host/NAME
+    #[arg(long, value_name = "IDENTITY")]
+    pub(crate) host: Identity,
+    #[command(flatten)]
+    pub(crate) tpm: TpmArgs,
+    /// The key that signs quotes; made if it is not there
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "/var/lib/palanquin/attestation-key"
+    )]
+    pub(crate) key: PathBuf,
+    /// Registers that the agent will quote, 0 to 23
+    #[arg(long, value_delimiter = ',', default_value = "0,2,4,7", value_parser = clap::value_parser!(u8).range(0..24))]
+    pub(crate) registers: Vec<u8>,
+    /// By which endorsement key the TPM is told from others
+    #[arg(long, value_enum, default_value = "rsa")]
+    pub(crate) endorsement: EndorsementArg,
+    /// Certificates between the TPM's own and its manufacturer's (PEM)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) certificates: Option<PathBuf>,
+    /// File for the request
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Args)]
+#[command(group = clap::ArgGroup::new("whose").required(true).args(["ca", "fingerprint"]))]
+pub(crate) struct AttestChallenge {
+    /// The host's request
+    pub(crate) request: PathBuf,
+    /// Who it must be from, as in spiffe://example.org/host/NAME
+    #[arg(long, value_name = "IDENTITY")]
+    pub(crate) host: Identity,
+    /// Certificates of the TPM's manufacturer (PEM)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) ca: Option<PathBuf>,
+    /// Fingerprint of the endorsement key, as read at the host itself
+    #[arg(long, value_name = "SHA256")]
+    pub(crate) fingerprint: Option<Sha256>,
+    /// File for the question, for the host
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+    /// File for what is kept until the answer comes; it holds a secret
+    #[arg(long, value_name = "FILE")]
+    pub(crate) pending: PathBuf,
+}
+
+#[derive(Args)]
+pub(crate) struct AttestAnswer {
+    /// The provider's question
+    pub(crate) challenge: PathBuf,
+    /// The request that this host has made
+    #[arg(long, value_name = "FILE")]
+    pub(crate) request: PathBuf,
+    #[command(flatten)]
+    pub(crate) tpm: TpmArgs,
+    /// The key that signs quotes
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "/var/lib/palanquin/attestation-key"
+    )]
+    pub(crate) key: PathBuf,
+    /// Log of what firmware measured; one that is not there is left out
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "/sys/kernel/security/tpm0/binary_bios_measurements"
+    )]
+    pub(crate) event_log: PathBuf,
+    /// File for the answer
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
 }
 
 impl From<StrategyArg> for Strategy {

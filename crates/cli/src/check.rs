@@ -6,6 +6,7 @@ use std::path::Path;
 
 use palanquin_api::config::{AgentConfig, LoadError, Violation};
 use palanquin_api::trust::Trust;
+use palanquin_host::tpm::sealed::is_sealed;
 use palanquin_trust::{Identity, Keyring};
 use palanquin_trust_files::{self as files, FilesError};
 use rcgen::{KeyPair, PublicKeyData};
@@ -114,7 +115,8 @@ fn key_problem(path: &Path) -> Option<Violation> {
         Ok(text) => text,
         Err(error) => return problem(format!("{}: {error}", path.display())),
     };
-    if !text.contains("PRIVATE KEY-----") {
+    // Whether a sealed key opens, only its host's TPM knows.
+    if !text.contains("PRIVATE KEY-----") && !is_sealed(text.as_bytes()) {
         return problem(format!("{}: no private key in it", path.display()));
     }
     let mode = fs::metadata(path).map_or(0, |meta| meta.permissions().mode());

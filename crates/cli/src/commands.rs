@@ -21,7 +21,7 @@ use crate::client::Client;
 use crate::failure::Failure;
 use crate::files::read;
 use crate::output::{say, say_line, to_json};
-use crate::{approval, ca, check, migrate, passport, policy, render};
+use crate::{approval, attest, ca, check, migrate, passport, policy, render};
 
 /// Does what was typed.
 pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
@@ -52,6 +52,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
             let decisions: Vec<GateDecision> = client.get("/v1/decisions").await?;
             show(&decisions, |decisions| render::decisions(decisions), json)
         }
+        Command::Attest(command) => attest::run(&command, json),
         Command::Completions { shell } => {
             let mut command = <Cli as clap::CommandFactory>::command();
             let mut script = Vec::new();

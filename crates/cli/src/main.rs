@@ -3,6 +3,7 @@
 
 mod approval;
 mod arguments;
+mod attest;
 mod ca;
 mod check;
 mod client;

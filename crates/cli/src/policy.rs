@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::Path;
 
-use palanquin_trust::Decision;
 use palanquin_trust::passport::date;
 use palanquin_trust::policy::{
     Explanation, FILE_MAX, Policies, Rehearsal, SCHEMA, Trace, rehearsals,
 };
+use palanquin_trust::{Decision, Sha256};
 use palanquin_trust_files::{self as files, FilesError};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -51,6 +51,11 @@ pub(crate) fn run(command: &PolicyCommand, json: bool) -> Result<(), Failure> {
         PolicyCommand::Explain(arguments) => explain(arguments, json),
         PolicyCommand::Schema => say(SCHEMA),
     }
+}
+
+/// Digest of the policies of a directory, if they are good.
+pub(crate) fn digest(dir: &Path) -> Result<Sha256, Failure> {
+    Ok(load(dir)?.sha256())
 }
 
 fn load(dir: &Path) -> Result<Policies, Failure> {

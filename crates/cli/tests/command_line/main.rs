@@ -3,6 +3,8 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod agent;
+#[cfg(feature = "tpm")]
+mod attest;
 mod certificates;
 mod migrate;
 mod migration;

@@ -1,6 +1,7 @@
 //! Drives [`palanquin_engine::Destination`]: executes its actions on this machine and tells it how they ended.
 
 mod container;
+mod showing;
 
 pub use self::container::{descriptor_of, wire_blocker};
 
@@ -20,6 +21,7 @@ use palanquin_engine::order::Order;
 use palanquin_engine::pages::{PAGE_BYTES, PageSet, RamLayout};
 use palanquin_engine::source::Failure;
 use palanquin_engine::{DestinationRecord, Message, Time};
+use palanquin_host::measure::Empty;
 use palanquin_host::vm::{GuestRam, MissingPages, Vm};
 use tracing::{debug, info, warn};
 
@@ -28,7 +30,7 @@ use crate::agent::Agent;
 use crate::chain::chain;
 use crate::channel::Channel;
 use crate::fail_point::{fail_point, fail_point_at, fail_point_record};
-use crate::gate::{Bringer, InClearance, told_reason, wire_blockers};
+use crate::gate::InClearance;
 use crate::net::protocol::Incoming;
 use crate::streams_in::{InEvent, InStreams, Pending, StreamsError};
 use crate::tracked::{Tracked, api_error, ms};
@@ -54,6 +56,8 @@ pub enum DestinationEvent {
         ram: Arc<dyn GuestRam>,
         /// Whether it can run before all of its pages are here.
         post_copy: bool,
+        /// Its RAM had no data; absent where that does not matter, or could not be seen.
+        empty: Option<Empty>,
     },
     /// A job of the container has ended.
     Container(Op, Result<DestinationDone, Failure>),
@@ -289,15 +293,12 @@ impl DestinationSession {
                 vm,
                 ram,
                 post_copy,
+                empty,
             } => {
                 self.watch(&vm);
                 self.vm = Some(vm);
                 self.ram = Some(ram);
-                let done = DestinationDone::Reserved {
-                    post_copy,
-                    evidence: self.agent.gate.evidence(),
-                };
-                self.engine.handle_done(now, op, Ok(done));
+                self.show_container(op, post_copy, empty);
             }
             DestinationEvent::Container(op, result) => {
                 if let Err(Failure { reason, .. }) = &result {
@@ -360,7 +361,7 @@ impl DestinationSession {
                     self.report(op, Err(failure));
                 }
             }
-            DestinationAction::Attest { op, .. } => self.attest(op),
+            DestinationAction::Attest { op, challenge } => self.attest(op, challenge),
             DestinationAction::TellReceived => {
                 if let Err(error) = self.tell_received() {
                     let now = self.agent.now();
@@ -440,52 +441,6 @@ impl DestinationSession {
             }
             // Taken out by the caller.
             DestinationAction::Finish(_) => {}
-        }
-    }
-
-    /// What is known about an order, and what the gates of this host say to its offer.
-    fn consult(&mut self, offer: &Offer) {
-        let now = self.agent.now();
-        let ledger = self.agent.ledger(&offer.order, &self.peer);
-        let (mut ledger, channel) = match (ledger, self.channel()) {
-            (Ok(ledger), Some(channel)) => (ledger, channel),
-            (Err(error), _) => {
-                let reason = Reason::new("journal", chain(&error));
-                return self.engine.handle_connection_lost(now, reason);
-            }
-            (_, None) => {
-                let reason = Reason::new("connection-lost", "the source is gone");
-                return self.engine.handle_connection_lost(now, reason);
-            }
-        };
-        let bringer = Bringer {
-            identity: &channel.peer,
-            key: channel.peer_key.as_ref(),
-        };
-        match self.agent.clear_in(offer, bringer, false) {
-            Ok(clearance) => {
-                let operator = clearance.as_ref().map(|c| c.operator().to_string());
-                self.tracked.update(|info| info.operator = operator);
-                self.clearance = clearance;
-            }
-            Err(reasons) => ledger.refusals = wire_blockers(&reasons),
-        }
-        self.engine.handle_ledger(now, &ledger);
-    }
-
-    /// The VM is being paused: what was permitted has to hold still, and the source is told what this host is.
-    fn attest(&mut self, op: Op) {
-        let Some(order) = self.engine.order() else {
-            return self.report(op, Err(missing("order")));
-        };
-        match self.agent.judge_arrival(self.clearance.as_mut(), order) {
-            Ok(()) => {
-                let evidence = self.agent.gate.evidence();
-                self.report(op, Ok(DestinationDone::Attested(evidence)));
-            }
-            // The source is told why, and ends it. If it does not, this is never attested, so that it can't commit, and the
-            // engine's time for it runs out. Ending it here would break the streams, before it has heard the reason.
-            Err(reasons) => self.send(&Message::Abort(told_reason(&reasons))),
         }
     }
 
@@ -778,7 +733,10 @@ impl DestinationSession {
         };
         match reason {
             None => info!("the VM runs here"),
-            Some(reason) => warn!(%reason, ?outcome, "ended"),
+            Some(reason) => {
+                warn!(%reason, ?outcome, "ended");
+                self.agent.remedy(&reason.code, &reason.message);
+            }
         }
         if let Some(order) = self.engine.order() {
             self.agent

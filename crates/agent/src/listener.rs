@@ -204,6 +204,8 @@ fn check(agent: &Agent, offer: &Offer, channel: &Channel) -> Vec<WireBlocker> {
     let bringer = Bringer {
         identity: &channel.peer,
         key: channel.peer_key.as_ref(),
+        // Nothing is shown before it is asked for.
+        asked: (Challenge32([0; 32]), channel.exporter()),
     };
     if let Err(reasons) = agent.clear_in(offer, bringer, true) {
         blockers.extend(wire_blockers(&reasons));

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use palanquin_agent::agent::Agent;
+use palanquin_agent::attest::sealed::check_policies;
 use palanquin_agent::chain::chain;
 use palanquin_agent::gate::{Gatekeeper, HostSigner};
 use palanquin_agent::identity::key_of_certificate;
@@ -20,6 +21,7 @@ use palanquin_agent::store::Store;
 use palanquin_agent::tls::Material;
 use palanquin_agent::{http, listener, recovery};
 use palanquin_api::config::{AgentConfig, Privileges};
+use palanquin_host::measure::Meter;
 use palanquin_host::qemu::{Confinement, Qemu};
 use palanquin_host::users::User;
 use palanquin_host::vm::Hypervisor;
@@ -171,12 +173,18 @@ fn network_settings(config: &AgentConfig, log_json: bool) -> Result<Settings> {
 }
 
 /// Who judges, by what the configuration names.
-fn gatekeeper(config: &AgentConfig, material: &Material) -> Result<Gatekeeper> {
+fn gatekeeper(config: &AgentConfig, material: &Material, meter: Arc<Meter>) -> Result<Gatekeeper> {
     let leaf = material.chain.first().map_or(&[][..], |leaf| leaf.as_ref());
     let public = key_of_certificate(leaf).ok();
     let signer = public.map(|public| HostSigner::new(Arc::clone(&material.key), public));
-    let gate = Gatekeeper::new(config, material.identity.clone(), signer)
+    let gate = Gatekeeper::new(config, material.identity.clone(), signer, meter)
         .context("`[trust]` is not usable")?;
+    if material.sealed_policies.is_some() {
+        let books = gate
+            .books()
+            .context("this host's key was sealed with policies, and `[trust]` is not configured")?;
+        check_policies(material.sealed_policies, books.policies.sha256())?;
+    }
     match gate.info() {
         Some(trust) => tracing::info!(
             version = trust.policy_version,
@@ -223,11 +231,14 @@ fn run(arguments: &Arguments) -> Result<()> {
     let address = config.listen.migration;
     let socket =
         TcpListener::bind(address).with_context(|| format!("cannot listen at {address}"))?;
+    // What hypervisors are started from and what is shown of them is measured once.
+    let meter = Arc::new(Meter::default());
     let qemu = Qemu::new(
         config.qemu.binary.clone(),
         config.qemu.allowed_paths.clone(),
     )
-    .confined(confinement(&config)?);
+    .confined(confinement(&config)?)
+    .measured_by(Arc::clone(&meter));
     tracing::info!(identity = %material.identity, %address, "starting");
     for lack in qemu.unconfined() {
         if config.privileges.require {
@@ -238,11 +249,12 @@ fn run(arguments: &Arguments) -> Result<()> {
             "hypervisors have privileges that they should not have"
         );
     }
-    let gate = gatekeeper(&config, &material)?;
+    let gate = gatekeeper(&config, &material, meter)?;
     let settings = network_settings(&config, arguments.log_json)?;
     let network =
         Network::start(settings, material).context("there is no process to talk to other hosts")?;
     let agent = Agent::new(config, network, store, Arc::new(qemu), gate);
+    agent.remember_checks();
     recovery::recover(&agent).context("the state of this host cannot be recovered")?;
     listener::start(&agent, socket);
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -307,8 +307,13 @@ impl SourceSession {
                         .map_err(|e| failure("journal", &e)),
                 );
             }
-            SourceAction::Vouch { op, .. } => self.vouch(op),
-            SourceAction::Judge { op, evidence, .. } => self.judge(op, &evidence),
+            SourceAction::Vouch { op, challenge } => self.vouch(op, challenge),
+            SourceAction::Judge {
+                op,
+                challenge,
+                evidence,
+                ..
+            } => self.judge(op, challenge, &evidence),
             SourceAction::OpenStreams {
                 op,
                 streams,
@@ -833,6 +838,9 @@ impl SourceSession {
         match outcome {
             Outcome::Completed => info!("completed"),
             _ => warn!(reason = %reason.as_ref().map_or("", |r| &r.message), ?outcome, "ended"),
+        }
+        for blocker in &blockers {
+            self.agent.remedy(&blocker.code, &blocker.message);
         }
         let refused = self.engine.is_refused();
         self.agent.source_ended(self.engine.order(), ending);

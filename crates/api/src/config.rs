@@ -117,6 +117,11 @@ impl Rules {
         }
     }
 
+    /// Notes what others have found.
+    pub(crate) fn extend(&mut self, violations: Vec<Violation>) {
+        self.0.extend(violations);
+    }
+
     /// All violations, in the order they were noted.
     pub(crate) fn into_violations(self) -> Vec<Violation> {
         self.0

@@ -5,13 +5,14 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::attestation::Attestation;
 use crate::config::{Rules, check_absolute, is_name};
 
 /// Most entries of each table.
 const ENTRIES_MAX: usize = 1000;
 
 /// By what is judged. Whoever has this section has every migration judged, and every VM needs a passport.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Trust {
     /// Directory with `*.cedar` and `directory.toml`, as `palanquin policy check` reads it. Read again on SIGHUP.
@@ -25,6 +26,9 @@ pub struct Trust {
     /// Which operator a local user is, by the name or number of the user. Others may not change anything.
     #[serde(default)]
     pub operators: BTreeMap<String, String>,
+    /// What this host shows of itself, and what it wants to be shown. Without it it shows nothing, and knows nothing of others.
+    #[serde(default)]
+    pub attestation: Option<Attestation>,
 }
 
 /// Whether this is an identity of that kind: `spiffe://TRUST-DOMAIN/KIND/NAME`.
@@ -64,6 +68,9 @@ impl Trust {
                     check_absolute(rules, &key, path);
                 }
             }
+        }
+        if let Some(attestation) = &self.attestation {
+            rules.extend(attestation.validate());
         }
         for (user, identity) in &self.operators {
             let key = format!("trust.operators.{user}");

@@ -332,6 +332,18 @@ impl Host {
         told(output)
     }
 
+    /// As [`Host::palanquin`], in the host's own network.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be run or does not end in time.
+    pub fn palanquin_inside(&self, words: &[&str]) -> Result<Told> {
+        let outside = self.palanquin_command(words)?;
+        let mut command = self.namespace.command(outside.get_program());
+        command.args(outside.get_args());
+        told(process::output(&mut command, SHORT)?)
+    }
+
     /// Starts `palanquin` and lets it run.
     ///
     /// # Errors

@@ -18,6 +18,7 @@ pub mod probe;
 pub mod process;
 pub mod qemu;
 pub mod rig;
+pub mod tpm;
 pub mod trust;
 pub mod wait;
 pub mod witness;

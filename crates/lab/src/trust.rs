@@ -10,6 +10,7 @@ use uuid::Uuid;
 use crate::control;
 use crate::host::Host;
 use crate::rig::{Rig, RigSpec, palanquin};
+use crate::tpm::Swtpm;
 
 /// Trust domain of a rig's authority.
 pub const DOMAIN: &str = "palanquin.internal";
@@ -32,6 +33,8 @@ pub struct JudgingRig {
     pub rig: Rig,
     owner: PathBuf,
     approver: PathBuf,
+    /// Of each host, where they attest.
+    pub tpms: Vec<Swtpm>,
 }
 
 /// An identity in the rig's trust domain.
@@ -57,6 +60,7 @@ impl JudgingRig {
             rig,
             owner: keys,
             approver,
+            tpms: Vec::new(),
         };
         for index in 0..judging.rig.hosts.len() {
             fs::create_dir(judging.policies(index))?;
@@ -66,6 +70,99 @@ impl JudgingRig {
             judging.rig.hosts[index].start_agent()?;
         }
         Ok(judging)
+    }
+
+    /// The same where each host has a TPM and has enrolled the others, and itself; registers 0 and 7 are quoted.
+    ///
+    /// # Errors
+    ///
+    /// If a part is missing.
+    pub fn attesting() -> Result<Self> {
+        let mut judging = Self::new()?;
+        fs::create_dir(judging.enrolled())?;
+        for index in 0..judging.rig.hosts.len() {
+            let host = &judging.rig.hosts[index];
+            let tpm = Swtpm::start_in(&host.namespace, host.dir().join("tpm"))?;
+            judging.tpms.push(tpm);
+            judging.enrol(index)?;
+        }
+        for index in 0..judging.rig.hosts.len() {
+            judging.set_operator(index, "alice")?;
+            let host = &mut judging.rig.hosts[index];
+            host.stop_agent()?;
+            host.start_agent()?;
+        }
+        Ok(judging)
+    }
+
+    fn enrolled(&self) -> PathBuf {
+        self.rig.dir().join("enrolled")
+    }
+
+    /// Makes a host known by its TPM and what that has measured until now.
+    ///
+    /// # Errors
+    ///
+    /// If a step is refused.
+    pub fn enrol(&self, index: usize) -> Result<()> {
+        let host = &self.rig.hosts[index];
+        let name = identity("host", host.name());
+        let file = |end: &str| host.dir().join(end).display().to_string();
+        let [request, question, pending, answer] =
+            ["request", "question", "pending", "answer"].map(file);
+        for path in [&request, &question, &pending, &answer] {
+            let _ = fs::remove_file(path);
+        }
+        let (key, tpm) = (file("attestation-key"), self.tpms[index].tcti());
+        let tpm = ["--tpm", &tpm, "--key", &key];
+        let words = ["attest", "request", "--host", &name, "--out", &request];
+        let told = host
+            .palanquin_inside(&[&words[..], &["--registers", "0,7"], &tpm].concat())?
+            .expect_status(0)?;
+        let told: serde_json::Value = serde_json::from_str(&told.stdout)?;
+        let fingerprint = told["endorsement_key"].as_str().unwrap_or_default();
+        let words = [
+            "attest",
+            "challenge",
+            &request,
+            "--host",
+            &name,
+            "--fingerprint",
+            fingerprint,
+            "--out",
+            &question,
+            "--pending",
+            &pending,
+        ];
+        palanquin(&words)?.expect_status(0)?;
+        let words = [
+            "attest",
+            "answer",
+            &question,
+            "--request",
+            &request,
+            "--out",
+            &answer,
+        ];
+        host.palanquin_inside(&[&words[..], &tpm].concat())?
+            .expect_status(0)?;
+        let out = self.enrolled().join(format!("{}.toml", host.name()));
+        let _ = fs::remove_file(&out);
+        let out = out.display().to_string();
+        palanquin(&["attest", "accept", &pending, &answer, "--out", &out])?.expect_status(0)?;
+        Ok(())
+    }
+
+    fn attestation(&self, index: usize) -> String {
+        let Some(tpm) = self.tpms.get(index) else {
+            return String::new();
+        };
+        let key = self.rig.hosts[index].dir().join("attestation-key");
+        format!(
+            "[trust.attestation]\ntpm = {:?}\nkey = {key:?}\nregisters = [0, 7]\nenrolled = {:?}\ndemand = \"always\"\n",
+            tpm.tcti(),
+            self.enrolled()
+        )
     }
 
     fn policies(&self, index: usize) -> PathBuf {
@@ -97,10 +194,11 @@ impl JudgingRig {
             "[trust]\npolicies = {policies:?}\n\
              [trust.owners]\n{acme:?} = [{:?}]\n\
              [trust.approvers]\n{bob:?} = [{:?}]\n\
-             [trust.operators]\nroot = {:?}\n",
+             [trust.operators]\nroot = {:?}\n{}",
             self.owner.join("acme.pub"),
             self.approver.join("bob.pem"),
             identity("operator", name),
+            self.attestation(index),
         );
         let host = &mut self.rig.hosts[index];
         host.spec.trust = Some(trust);

@@ -12,6 +12,7 @@ use palanquin_engine::order::Order;
 use palanquin_engine::pages::PAGE_BYTES;
 use palanquin_engine::source::Failure;
 use palanquin_engine::strategy::PostCopyUse;
+use palanquin_host::measure::{self, Empty};
 use palanquin_host::vm::{
     Descriptor, GuestRam, MissingPages, Obstacle, PrepareError, RunState, Vm,
 };
@@ -63,6 +64,8 @@ struct Container {
     vm: Arc<dyn Vm>,
     ram: Arc<dyn GuestRam>,
     post_copy: bool,
+    /// Its RAM had no data; absent where that does not matter, or could not be seen.
+    empty: Option<Empty>,
 }
 
 impl ContainerWorker {
@@ -159,6 +162,7 @@ impl Work {
                         vm: container.vm,
                         ram: container.ram,
                         post_copy: container.post_copy,
+                        empty: container.empty,
                     },
                     Ok(Err(blockers)) => {
                         DestinationEvent::Container(op, Ok(DestinationDone::Blocked(blockers)))
@@ -236,7 +240,22 @@ impl Work {
         }
         vm.prepare_to_load()
             .map_err(|error| failure("container", &error))?;
-        Ok(Ok(Container { vm, ram, post_copy }))
+        let shows = self.agent.gate.shows_something();
+        let empty = shows.then(|| measure::empty(ram.as_ref()));
+        let empty = empty.and_then(|empty| {
+            empty
+                .inspect_err(|error| {
+                    let problem = chain(error);
+                    warn!(problem, "the container's memory is not known to be empty");
+                })
+                .ok()
+        });
+        Ok(Ok(Container {
+            vm,
+            ram,
+            post_copy,
+            empty,
+        }))
     }
 
     fn vm(&self) -> Result<&Arc<dyn Vm>, Failure> {

@@ -1,10 +1,12 @@
 //! The destination: may this VM come?
 
 use palanquin_api::control::{Phase, Side};
+use palanquin_engine::ids::Challenge32;
 use palanquin_engine::message::Offer;
 use palanquin_engine::strategy::PostCopyUse;
 use palanquin_engine::{MigrationId, Order, VmId};
 use palanquin_trust::decision::{Action, Gate, Reason};
+use palanquin_trust::evidence::Role;
 use palanquin_trust::order::{Ledger, Redeemed};
 use palanquin_trust::{
     Identity, Keyring, Order as SignedOrder, PublicKey, Sha256, Signed, VerifiedClaims,
@@ -13,7 +15,8 @@ use tracing::info;
 use uuid::Uuid;
 
 use super::credentials::Credentials;
-use super::journal::{Subject, kept};
+use super::evidence::Question;
+use super::journal::Subject;
 use super::passports::{follows, verify, verify_approval};
 use super::source::{never_cleared, unjournaled};
 use super::{Ask, Books, Clearance, Proven, Refusal};
@@ -28,6 +31,8 @@ pub struct InClearance {
     order_sha256: Sha256,
     /// What the source has proven.
     claims: Option<VerifiedClaims>,
+    /// What this host would prove to itself.
+    own_claims: Option<VerifiedClaims>,
 }
 
 impl InClearance {
@@ -49,6 +54,8 @@ pub struct Bringer<'a> {
     pub identity: &'a Identity,
     /// The key with which it signs.
     pub key: Option<&'a PublicKey>,
+    /// What the evidence in its credentials has to be bound to: our challenge, and keying material of the connection.
+    pub asked: (Challenge32, &'a [u8; 32]),
 }
 
 const TRY_ANEW: &str =
@@ -107,8 +114,7 @@ impl Agent {
         let refused = match judged {
             Ok(None) => return Ok(None),
             Ok(Some(cleared)) => {
-                let decision = cleared.clearance.permit().decision();
-                if tried || self.note_decision(kept(decision, Some(offer.order.migration))) {
+                if tried || self.note_clearance(&cleared.clearance, Some(offer.order.migration)) {
                     return Ok(Some(cleared));
                 }
                 return Err(vec![unjournaled()]);
@@ -166,7 +172,21 @@ impl Agent {
                 Err(reason) => info!(reason = reason.message, "an approval does not count"),
             }
         }
-        let claims = self.gate.claims(&credentials.evidence);
+        let (nonce, exporter) = bringer.asked;
+        let (migration, vm) = (offer.order.migration, offer.order.vm);
+        let question = Question::on(nonce, *exporter, migration, vm, redeemed.sha256());
+        let claims = if tried && credentials.evidence.is_empty() {
+            // Nobody was asked for any yet.
+            None
+        } else {
+            self.claims(
+                bringer.identity,
+                Role::Source,
+                &question,
+                &credentials.evidence,
+            )?
+        };
+        let own_claims = self.own_claims(migration, vm, redeemed.sha256())?;
         let wish = redeemed.to_wish();
         let ask = Ask {
             action: wish.action,
@@ -178,7 +198,7 @@ impl Agent {
         };
         let proven = Proven {
             source: claims.as_ref(),
-            ..Proven::default()
+            target: own_claims.as_ref(),
         };
         let operator = order.operator.clone();
         let passport = (passport, last.as_ref());
@@ -199,6 +219,7 @@ impl Agent {
             clearance,
             order_sha256: redeemed.sha256(),
             claims,
+            own_claims,
         }))
     }
 
@@ -294,10 +315,10 @@ impl Agent {
         }
         let proven = Proven {
             source: cleared.claims.as_ref(),
-            ..Proven::default()
+            target: cleared.own_claims.as_ref(),
         };
         clearance.renew(books, last.as_ref(), proven, now)?;
-        if self.note_decision(kept(clearance.permit().decision(), Some(order.migration))) {
+        if self.note_clearance(clearance, Some(order.migration)) {
             Ok(())
         } else {
             Err(unjournaled().into())

@@ -7,6 +7,7 @@ use palanquin_trust::decision::{Action, Decision, Denied, Gate, Reason};
 use tracing::{error, warn};
 use uuid::Uuid;
 
+use super::Clearance;
 use crate::agent::Agent;
 use crate::chain::chain;
 use crate::operations::error as api_error;
@@ -58,7 +59,7 @@ pub(crate) struct Subject<'a> {
 }
 
 /// What was decided, as it is kept.
-pub(crate) fn kept(decision: &Decision, migration: Option<MigrationId>) -> GateDecision {
+fn kept(decision: &Decision, migration: Option<MigrationId>) -> GateDecision {
     GateDecision {
         at_unix_s: decision.decided_unix_s,
         action: decision.action.to_string(),
@@ -193,6 +194,16 @@ impl Agent {
             Some(decision) => kept(decision, subject.migration),
             None => refused_early(subject, &refusal.reasons, self.unix_s()),
         });
+    }
+
+    /// Makes what was decided durable; false if it is not, or nothing was.
+    pub(super) fn note_clearance(
+        &self,
+        clearance: &Clearance,
+        migration: Option<MigrationId>,
+    ) -> bool {
+        let decision = clearance.decision();
+        decision.is_some_and(|decision| self.note_decision(kept(decision, migration)))
     }
 
     /// Notes that an order was refused by the engine's own rules: names, time, epoch, or that it was seen before.

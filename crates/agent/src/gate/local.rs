@@ -1,16 +1,20 @@
 //! What is done to a VM on this host alone: taking it over, ending its migration, removing it.
 
 use palanquin_api::control::MigrationInfo;
-use palanquin_engine::MigrationId;
+use palanquin_engine::{MigrationId, VmId};
 use palanquin_trust::decision::{Action, Reason};
-use palanquin_trust::{Identity, Kind, Passport, Verified};
+use palanquin_trust::{Identity, Kind, Passport, Sha256, Verified};
 use uuid::Uuid;
 
-use super::journal::{Subject, kept};
+use super::journal::Subject;
 use super::passports::{follows, judges_nothing, not_journaled, verify_any};
 use super::{Ask, Caller, Clearance, Proven, Refusal, refusal};
 use crate::agent::Agent;
 use crate::operations::Answer;
+
+/// What evidence is bound to where nothing moves.
+const NO_MIGRATION: MigrationId = MigrationId([0; 16]);
+const NO_ORDER: Sha256 = Sha256([0; 32]);
 
 impl Caller {
     /// As it is journaled where it is no operator.
@@ -105,19 +109,23 @@ impl Agent {
             .map_err(Refusal::from)
             .and_then(|last| {
                 follows(&given, last.as_ref())?;
+                let own = self.own_claims(NO_MIGRATION, VmId(*vm.as_bytes()), NO_ORDER)?;
                 Clearance::ask(
                     books,
                     Ask::here(Action::Adopt, vm, self.gate.host()),
                     operator.clone(),
                     (given, last.as_ref()),
                     Vec::new(),
-                    Proven::default(),
+                    Proven {
+                        target: own.as_ref(),
+                        ..Proven::default()
+                    },
                     self.unix_s(),
                 )
             });
         let cleared =
             judged.map_err(|refused| self.refused_here(&subject(Some(vm)), &refused, &what))?;
-        if !self.note_decision(kept(cleared.permit().decision(), None)) {
+        if !self.note_clearance(&cleared, None) {
             return Err(not_journaled());
         }
         Ok(Adoption(Some(cleared.passport)))
@@ -174,7 +182,7 @@ impl Agent {
             };
             self.refused_here(&subject, &refused, what)
         })?;
-        if self.note_decision(kept(cleared.permit().decision(), migration)) {
+        if self.note_clearance(&cleared, migration) {
             Ok(())
         } else {
             Err(not_journaled())

@@ -15,12 +15,15 @@ mod signer;
 mod source;
 
 pub use self::destination::{Bringer, InClearance};
+pub use self::evidence::Question;
 pub use self::journal::{Refusal, api_blockers, refusal, wire_blockers};
 pub(crate) use self::journal::{Subject, gate_of, told_reason};
 pub use self::local::Adoption;
 pub use self::quota::{Leaving, Quotas, Turn};
 pub use self::signer::HostSigner;
-pub use self::source::OutClearance;
+pub use self::source::{OutClearance, encoded};
+
+use self::evidence::Showing;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -30,8 +33,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use palanquin_api::config::AgentConfig;
 use palanquin_api::control::{Strategy, TrustInfo};
 use palanquin_api::trust::Trust;
+use palanquin_host::measure::Meter;
 use palanquin_host::users::User;
-use palanquin_trust::decision::{Action, Gate, Permit, Reason, Wish};
+use palanquin_trust::decision::{Action, Decision, Gate, Permit, Reason, Wish};
 use palanquin_trust::identity::IdentityError;
 use palanquin_trust::passport::LastPassport;
 use palanquin_trust::policy::{Policies, Request};
@@ -40,6 +44,7 @@ use palanquin_trust_files::{FilesError, keyring, policies};
 use tracing::{error, info};
 use uuid::Uuid;
 
+use crate::attest::AttestError;
 use crate::chain::chain;
 
 /// Who asks, over the control socket.
@@ -61,6 +66,9 @@ pub enum GateError {
     /// A local user that does not exist.
     #[error("`trust.operators`: there is no user {0:?}")]
     NoUser(String),
+    /// This host's TPM, or what is known of those of others.
+    #[error("`[trust.attestation]` is not usable")]
+    Attest(#[from] AttestError),
     /// This host cannot sign orders.
     #[error(
         "the key of this host's certificate signs no orders: it is neither Ed25519 nor ECDSA on P-256"
@@ -81,6 +89,7 @@ struct Judged {
     config: Trust,
     operators: HashMap<u32, Identity>,
     signer: HostSigner,
+    showing: Showing,
     books: Mutex<Arc<Books>>,
     reload_error: Mutex<Option<String>>,
 }
@@ -122,7 +131,7 @@ fn uid_of(user: &str) -> Result<u32, GateError> {
 }
 
 impl Gatekeeper {
-    /// Reads what the configuration names.
+    /// Reads what the configuration names, and opens this host's TPM. The meter is that of the hypervisors.
     ///
     /// # Errors
     ///
@@ -131,6 +140,7 @@ impl Gatekeeper {
         config: &AgentConfig,
         host: Identity,
         signer: Option<HostSigner>,
+        meter: Arc<Meter>,
     ) -> Result<Self, GateError> {
         let judged = match &config.trust {
             None => None,
@@ -143,6 +153,7 @@ impl Gatekeeper {
                     config: trust.clone(),
                     operators,
                     signer: signer.ok_or(GateError::NoSigner)?,
+                    showing: Showing::open(trust.attestation.as_ref(), &config.state_dir, meter)?,
                     books: Mutex::new(Arc::new(load(trust)?)),
                     reload_error: Mutex::default(),
                 })
@@ -298,7 +309,8 @@ pub(crate) struct Clearance {
     pub(crate) operator: Identity,
     pub(crate) passport: Verified<Passport>,
     pub(crate) approvals: Vec<Verified<Approval>>,
-    permit: Permit,
+    /// Absent as long as what the target shows has to be waited for.
+    permit: Option<Permit>,
     books: Arc<Books>,
 }
 
@@ -336,14 +348,32 @@ impl Clearance {
             operator,
             passport,
             approvals,
-            permit,
+            permit: Some(permit),
             books,
         })
     }
 
-    /// What was decided.
-    pub(crate) fn permit(&self) -> &Permit {
-        &self.permit
+    /// Decides nothing yet: what the target shows has to be waited for.
+    pub(crate) fn wait(
+        books: Arc<Books>,
+        ask: Ask,
+        operator: Identity,
+        passport: Verified<Passport>,
+        approvals: Vec<Verified<Approval>>,
+    ) -> Self {
+        Self {
+            ask,
+            operator,
+            passport,
+            approvals,
+            permit: None,
+            books,
+        }
+    }
+
+    /// What was decided, if it was.
+    pub(crate) fn decision(&self) -> Option<&Decision> {
+        self.permit.as_ref().map(Permit::decision)
     }
 
     /// Whether it still is permission for just that, by these books and with that passport as the newest.
@@ -355,7 +385,10 @@ impl Clearance {
     ) -> bool {
         Arc::ptr_eq(&self.books, books)
             && last_passport.is_some_and(|last| last.sha256 == self.passport.sha256())
-            && self.permit.covers(&self.ask.wish(), now_unix_s).is_ok()
+            && self
+                .permit
+                .as_ref()
+                .is_some_and(|permit| permit.covers(&self.ask.wish(), now_unix_s).is_ok())
     }
 
     /// Decides anew on the same, by these books and what is proven now. A key that is believed no more makes what it has
@@ -371,7 +404,8 @@ impl Clearance {
         self.approvals.retain(|approval| {
             passports::verify_approval(books, approval.as_signed_bytes()).is_ok()
         });
-        self.permit = books.policies.decide(&Request {
+        self.permit = None;
+        self.permit = Some(books.policies.decide(&Request {
             wish: self.ask.wish(),
             operator: &self.operator,
             passport: Some(&self.passport),
@@ -380,7 +414,7 @@ impl Clearance {
             source_claims: proven.source,
             target_claims: proven.target,
             now_unix_s,
-        })?;
+        })?);
         self.books = Arc::clone(books);
         Ok(())
     }

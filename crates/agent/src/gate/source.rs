@@ -3,11 +3,13 @@
 use palanquin_api::control::{Allow, StartMigration, Strategy};
 use palanquin_engine::Order;
 use palanquin_trust::decision::{Action, Gate, Reason};
-use palanquin_trust::{Identity, Kind, Order as SignedOrder, Signed};
+use palanquin_trust::evidence::{Measured, Role};
+use palanquin_trust::{Identity, Kind, Order as SignedOrder, Sha256, Signed, VerifiedClaims};
 use uuid::Uuid;
 
 use super::credentials::Credentials;
-use super::journal::{Subject, kept};
+use super::evidence::Question;
+use super::journal::Subject;
 use super::passports::{judges_nothing, not_journaled, verify_approval};
 use super::{Ask, Books, Clearance, Gatekeeper, Proven, Refusal};
 use crate::agent::Agent;
@@ -21,29 +23,58 @@ pub struct OutClearance {
     /// What the move leaves behind is removed: judged before, because nothing may stand in its way after the commit.
     erase: Clearance,
     order: Signed<SignedOrder>,
+    /// What the target has proven.
+    claims: Option<VerifiedClaims>,
 }
 
 impl OutClearance {
-    /// What speaks for the order at the destination.
-    ///
-    /// # Errors
-    ///
-    /// It is longer than the protocol carries.
-    pub fn credentials(&self, evidence: Vec<u8>) -> Result<Vec<u8>, Reason> {
+    /// Digest of the signed order, to which evidence is bound.
+    pub fn order_sha256(&self) -> Sha256 {
+        Sha256::of(self.order.as_bytes())
+    }
+
+    /// What speaks for the order at the destination, but for evidence.
+    pub fn credentials(&self) -> Credentials {
         let approvals = self.out.approvals.iter();
-        let credentials = Credentials {
+        Credentials {
             order: self.order.as_bytes().to_vec().into(),
             passport: self.out.passport.as_signed_bytes().to_vec().into(),
             approvals: approvals
                 .map(|approval| approval.as_signed_bytes().to_vec().into())
                 .collect(),
-            evidence: evidence.into(),
-        };
-        credentials.to_bytes().map_err(|error| {
-            let remedy = "Ask the owner for a shorter passport, or give fewer approvals.";
-            Reason::new(Gate::Passport, "credentials", error.to_string(), remedy)
-        })
+            evidence: Vec::new().into(),
+        }
     }
+}
+
+/// The credentials with this evidence, as they travel.
+///
+/// # Errors
+///
+/// They are longer than the protocol carries.
+pub fn encoded(credentials: Credentials, evidence: Vec<u8>) -> Result<Vec<u8>, Reason> {
+    let credentials = Credentials {
+        evidence: evidence.into(),
+        ..credentials
+    };
+    credentials.to_bytes().map_err(|error| {
+        let remedy = "Ask the owner for a shorter passport, or give fewer approvals.";
+        Reason::new(Gate::Passport, "credentials", error.to_string(), remedy)
+    })
+}
+
+/// Whether both say the same of what a host runs.
+fn is_unchanged(before: &VerifiedClaims, now: &VerifiedClaims) -> bool {
+    let of = |claims: &VerifiedClaims| {
+        let measured = claims.measured().clone();
+        // A container is empty only at its beginning.
+        let measured = Measured {
+            container: None,
+            ..measured
+        };
+        (claims.quote().pcr_digest, measured)
+    };
+    of(before) == of(now)
 }
 
 /// Whether the VM may run on the destination before all of its pages are there.
@@ -101,10 +132,11 @@ impl Agent {
         };
         match self.judge_out(&books, operator, order, request) {
             Ok(cleared) => {
-                let decisions = [&cleared.out, &cleared.erase].map(Clearance::permit);
-                for permit in decisions {
-                    if !tried && !self.note_decision(kept(permit.decision(), Some(order.migration)))
-                    {
+                let decided = [&cleared.out, &cleared.erase]
+                    .into_iter()
+                    .filter(|clearance| clearance.decision().is_some());
+                for clearance in decided {
+                    if !tried && !self.note_clearance(clearance, Some(order.migration)) {
                         return Err(not_journaled());
                     }
                 }
@@ -154,7 +186,26 @@ impl Agent {
                 now,
             )
         };
-        let (out, erase) = (judge(Action::MigrateOut)?, judge(Action::Erase)?);
+        let out = match judge(Action::MigrateOut) {
+            // Neither policies nor passports can be asked before the target has shown what it is.
+            Err(refused)
+                if self.gate.awaits_evidence(&target)
+                    && refused
+                        .reasons
+                        .iter()
+                        .all(|reason| matches!(reason.gate, Gate::Attestation | Gate::Policy)) =>
+            {
+                Clearance::wait(
+                    Arc::clone(books),
+                    ask(Action::MigrateOut),
+                    operator.clone(),
+                    passport.clone(),
+                    approvals.clone(),
+                )
+            }
+            judged => judged?,
+        };
+        let erase = judge(Action::Erase)?;
         let order = self.gate.sign(&SignedOrder {
             migration: Uuid::from_bytes(order.migration.0),
             vm,
@@ -171,7 +222,12 @@ impl Agent {
             policy_sha256: books.policies.sha256(),
             passport_sha256,
         })?;
-        Ok(OutClearance { out, erase, order })
+        Ok(OutClearance {
+            out,
+            erase,
+            order,
+            claims: None,
+        })
     }
 
     /// Judges the target of a migration by its evidence, before anything is sent and at last before the commit. What was
@@ -184,7 +240,7 @@ impl Agent {
         &self,
         cleared: Option<&mut OutClearance>,
         order: &Order,
-        evidence: &[u8],
+        shown: Option<(&Question, &[u8])>,
     ) -> Result<(), Vec<Reason>> {
         let Some(books) = self.gate.books() else {
             return Ok(());
@@ -193,34 +249,57 @@ impl Agent {
         let now = self.unix_s();
         let vm = cleared.out.ask.vm;
         let last = self.last_passport(vm).map_err(|reason| vec![reason])?;
-        let claims = self.gate.claims(evidence);
+        let (question, evidence) = shown.ok_or_else(|| vec![never_asked()])?;
+        let operator = cleared.out.operator.to_string();
+        let subject = |action| Subject {
+            action,
+            operator: &operator,
+            vm: Some(vm),
+            migration: Some(order.migration),
+        };
+        let target = cleared.out.ask.target.clone();
+        let claims = self
+            .claims(&target, Role::Target, question, evidence)
+            .inspect_err(|reasons| {
+                let refused = reasons.clone().into();
+                self.note_refusal(&subject(Action::MigrateOut), &refused);
+            })?;
+        let is_unchanged = match (&cleared.claims, &claims) {
+            (Some(before), Some(now)) => is_unchanged(before, now),
+            (None, None) => true,
+            _ => false,
+        };
         let proven = Proven {
             target: claims.as_ref(),
             ..Proven::default()
         };
         for clearance in [&mut cleared.out, &mut cleared.erase] {
-            let is_move = clearance.ask.action == Action::MigrateOut;
-            let rests_on_claims = is_move && claims.is_some();
-            if !rests_on_claims && clearance.holds(&books, last.as_ref(), now) {
+            let stands = is_unchanged || clearance.ask.action != Action::MigrateOut;
+            if stands && clearance.holds(&books, last.as_ref(), now) {
                 continue;
             }
-            let operator = clearance.operator.to_string();
-            let subject = Subject {
-                action: clearance.ask.action,
-                operator: &operator,
-                vm: Some(vm),
-                migration: Some(order.migration),
-            };
+            let subject = subject(clearance.ask.action);
             if let Err(refused) = clearance.renew(&books, last.as_ref(), proven, now) {
                 self.note_refusal(&subject, &refused);
                 return Err(refused.reasons);
             }
-            if !self.note_decision(kept(clearance.permit().decision(), Some(order.migration))) {
+            if !self.note_clearance(clearance, Some(order.migration)) {
                 return Err(vec![unjournaled()]);
             }
         }
+        cleared.claims = claims;
         Ok(())
     }
+}
+
+/// The connection on which it was to be asked is gone.
+fn never_asked() -> Reason {
+    Reason::new(
+        Gate::Attestation,
+        "evidence-missing",
+        "the connection to the destination is gone",
+        "Start a new migration.",
+    )
 }
 
 /// Where something is judged, nothing goes on that was not.

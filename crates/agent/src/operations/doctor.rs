@@ -12,7 +12,7 @@ use crate::agent::Agent;
 use crate::chain::chain;
 use crate::challenge;
 use crate::dial::dial;
-use crate::gate::{Caller, api_blockers, refusal};
+use crate::gate::{Caller, api_blockers, encoded, refusal};
 use crate::tracked::api_blocker;
 
 impl Agent {
@@ -121,6 +121,14 @@ impl Agent {
             ),
             None => "warning: nothing is judged here: `[trust]` is not configured".to_owned(),
         });
+        // They are checked again with every migration: what is told is how the last check ended.
+        let quarantined = self.gate.quarantined().into_iter();
+        report.passed.extend(quarantined.map(|host| {
+            format!(
+                "warning: host {} is in quarantine until a check passes: {}",
+                host.host, host.message
+            )
+        }));
     }
 
     /// Whether the gates of this host let the VM go, and what speaks for it at the other.
@@ -137,7 +145,7 @@ impl Agent {
             Ok(Some(clearance)) => {
                 let judged = "the gates of this host let the VM go, without approvals";
                 report.passed.push(judged.to_owned());
-                match clearance.credentials(Vec::new()) {
+                match encoded(clearance.credentials(), Vec::new()) {
                     Ok(credentials) => offer.credentials = credentials,
                     Err(reason) => {
                         report

@@ -1,35 +1,77 @@
 //! What the gates of this host say while a migration is under way.
 
+use std::sync::Arc;
+use std::thread;
+
 use palanquin_api::control::{ApiError, Blocker, ErrorKind, Side};
+use palanquin_engine::ids::Challenge32;
 use palanquin_engine::message::Reason;
 use palanquin_engine::source::{Op, SourceDone};
 use palanquin_trust::decision::Reason as GateReason;
+use palanquin_trust::evidence::Role;
 
-use super::SourceSession;
-use crate::gate::{api_blockers, gate_of, told_reason};
+use super::{Failure, SourceEvent, SourceSession, failure};
+use crate::gate::{Question, api_blockers, encoded, gate_of, told_reason};
 
 impl SourceSession {
-    /// Makes what speaks for this host and its order at the destination; nothing where nothing is judged.
-    pub(super) fn vouch(&mut self, op: Op) {
-        let clearance = self.params.clearance.as_ref();
-        let evidence = self.agent.gate.evidence();
-        match clearance.map(|clearance| clearance.credentials(evidence)) {
-            None => self.report(op, Ok(SourceDone::Vouched(Vec::new()))),
-            Some(Ok(credentials)) => self.report(op, Ok(SourceDone::Vouched(credentials))),
-            Some(Err(reason)) => self.refuse(op, vec![reason]),
+    /// Makes what speaks for this host and its order at the destination; nothing where nothing is judged. On a thread of its
+    /// own: a TPM takes its time.
+    pub(super) fn vouch(&mut self, op: Op, challenge: Challenge32) {
+        let (Some(clearance), Some(question)) = (&self.params.clearance, self.question(challenge))
+        else {
+            return self.report(op, Ok(SourceDone::Vouched(Vec::new())));
+        };
+        let credentials = clearance.credentials();
+        if !self.agent.gate.shows_something() {
+            return match encoded(credentials, Vec::new()) {
+                Ok(credentials) => self.report(op, Ok(SourceDone::Vouched(credentials))),
+                Err(reason) => self.refuse(op, vec![reason]),
+            };
+        }
+        let agent = Arc::clone(&self.agent);
+        let hypervisor = self.vm.as_ref().map(|vm| vm.handle());
+        let events = self.sender.clone();
+        let work = move || {
+            let evidence = agent
+                .gate
+                .evidence(Role::Source, &question, hypervisor.as_ref(), None);
+            let vouched = encoded(credentials, evidence).map(SourceDone::Vouched);
+            let vouched = vouched.map_err(|reason| Failure {
+                reason: told_reason(&[reason]),
+                vm_gone: false,
+            });
+            let _ = events.send(SourceEvent::Vm(op, vouched));
+        };
+        let thread = thread::Builder::new().name("evidence".to_owned());
+        if let Err(error) = thread.spawn(work) {
+            self.report(op, Err(failure("evidence", &error)));
         }
     }
 
     /// Judges the destination, by what it says about itself and by the policies that hold now.
-    pub(super) fn judge(&mut self, op: Op, evidence: &[u8]) {
+    pub(super) fn judge(&mut self, op: Op, challenge: Challenge32, evidence: &[u8]) {
+        let question = self.question(challenge);
+        let shown = question.as_ref().map(|question| (question, evidence));
         let clearance = self.params.clearance.as_mut();
         let judged = self
             .agent
-            .judge_target(clearance, self.engine.order(), evidence);
+            .judge_target(clearance, self.engine.order(), shown);
         match judged {
             Ok(()) => self.report(op, Ok(SourceDone::Done)),
             Err(reasons) => self.refuse(op, reasons),
         }
+    }
+
+    /// What is asked on the connection that stands now.
+    fn question(&self, challenge: Challenge32) -> Option<Question> {
+        let (channel, clearance) = (self.channel.as_ref()?, self.params.clearance.as_ref()?);
+        let order = self.engine.order();
+        Some(Question::new(
+            challenge,
+            channel,
+            order,
+            clearance.order_sha256(),
+        ))
     }
 
     fn refuse(&mut self, op: Op, reasons: Vec<GateReason>) {

@@ -3,11 +3,12 @@
 use palanquin_api::control::GateDecision;
 use palanquin_engine::{MigrationId, VmId};
 use palanquin_trust::passport::LastPassport;
-use palanquin_trust::{Passport, Sha256, Verified};
+use palanquin_trust::{Identity, Passport, Sha256, Verified};
 use rusqlite::{OptionalExtension, params};
 use uuid::Uuid;
 
 use super::{Store, StoreError, to_sql};
+use crate::attest::remedy::Quarantined;
 
 pub(super) const CREATE: &str = "
 BEGIN;
@@ -16,6 +17,8 @@ CREATE TABLE IF NOT EXISTS passports (
     expires_unix_s INTEGER NOT NULL, envelope BLOB NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS decisions (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, migration BLOB, decision TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS checks (
+    only INTEGER PRIMARY KEY CHECK (only = 1), quarantined TEXT NOT NULL, resets TEXT NOT NULL) STRICT;
 CREATE INDEX IF NOT EXISTS decisions_migration ON decisions (migration, seq);
 COMMIT;
 ";
@@ -38,6 +41,9 @@ pub struct StoredPassport {
     /// As it was signed.
     pub envelope: Vec<u8>,
 }
+
+/// Hosts in quarantine, and how many resets the TPM of each host has counted.
+pub(crate) type Checks = (Vec<Quarantined>, Vec<(Identity, u32)>);
 
 impl Store {
     /// The newest passport of a VM that this host has seen.
@@ -95,6 +101,57 @@ impl Store {
             ],
         )?;
         Ok(changed == 1)
+    }
+
+    /// Keeps which hosts are in quarantine, and how many resets their TPMs have counted.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written.
+    pub fn put_checks(
+        &self,
+        quarantined: &[Quarantined],
+        resets: &[(Identity, u32)],
+    ) -> Result<(), StoreError> {
+        let json = |error: serde_json::Error| StoreError::Record(error.to_string());
+        let resets: Vec<(String, u32)> = resets
+            .iter()
+            .map(|(host, count)| (host.to_string(), *count))
+            .collect();
+        let quarantined = serde_json::to_string(quarantined).map_err(json)?;
+        let resets = serde_json::to_string(&resets).map_err(json)?;
+        self.lock().execute(
+            "INSERT INTO checks (only, quarantined, resets) VALUES (1, ?1, ?2)
+             ON CONFLICT (only) DO UPDATE SET quarantined = ?1, resets = ?2",
+            params![quarantined, resets],
+        )?;
+        Ok(())
+    }
+
+    /// What [`Self::put_checks`] has kept.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read.
+    pub fn checks(&self) -> Result<Checks, StoreError> {
+        let row: Option<(String, String)> = self
+            .lock()
+            .query_row(
+                "SELECT quarantined, resets FROM checks WHERE only = 1",
+                [],
+                |row| Ok((row.get(0)?, row.get(1)?)),
+            )
+            .optional()?;
+        let Some((quarantined, resets)) = row else {
+            return Ok((Vec::new(), Vec::new()));
+        };
+        let odd = || StoreError::Record("checks".to_owned());
+        let quarantined = serde_json::from_str(&quarantined).map_err(|_| odd())?;
+        let resets: Vec<(String, u32)> = serde_json::from_str(&resets).map_err(|_| odd())?;
+        let resets = resets
+            .into_iter()
+            .map(|(host, count)| Ok((host.parse().map_err(|_| odd())?, count)));
+        Ok((quarantined, resets.collect::<Result<_, StoreError>>()?))
     }
 
     /// Makes a decision durable.

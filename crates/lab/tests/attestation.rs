@@ -1,0 +1,124 @@
+//! What a host shows by its TPM decides: before a page is sent, and once more before the commit.
+#![forbid(unsafe_code)]
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use palanquin_api::control::{Outcome, Side};
+use palanquin_lab::guest::GuestSpec;
+use palanquin_lab::host::Told;
+use palanquin_lab::trust::{JudgingRig, decisions};
+use uuid::Uuid;
+
+/// Exit status of a refusal by a gate.
+const REFUSED: i32 = 3;
+/// A slow migration takes less.
+const LONG: Duration = Duration::from_secs(180);
+/// The owner wants evidence of whoever takes the VM.
+const WANTED: &str = "[attestation]\nmax-age = \"60s\"\n";
+const VM: Uuid = Uuid::from_u128(0x7a1c_0000_0000_4000_8000_0000_0000_0002);
+
+fn with_guest(guest: &GuestSpec) -> Result<JudgingRig> {
+    let judging = JudgingRig::attesting()?;
+    let passport = judging.passport(VM, 1, WANTED)?;
+    judging.rig.hosts[0].boot_with(guest, &["--passport", &passport])?;
+    Ok(judging)
+}
+
+fn refused_by(told: &Told, side: Side, code: &str) -> Result<()> {
+    let error = told.error()?;
+    let found = error.blockers.iter().find(|blocker| blocker.code == code);
+    let blocker = found.with_context(|| format!("no {code} in {error:?}"))?;
+    ensure!(
+        blocker.side == side && blocker.gate.as_deref() == Some("attestation"),
+        "{blocker:?}"
+    );
+    Ok(())
+}
+
+fn stayed(judging: &JudgingRig, vm: &str) -> Result<()> {
+    for info in judging.rig.hosts[0].migrations()? {
+        ensure!(info.outcome == Some(Outcome::RunningOnSource), "{info:?}");
+    }
+    judging.rig.check_lives_once(vm, 0)?;
+    Ok(())
+}
+
+#[test]
+fn hosts_that_show_what_they_were_enrolled_with_take_a_vm_whose_owner_wants_that() -> Result<()> {
+    let judging = with_guest(&GuestSpec::small("attested"))?;
+    let rig = &judging.rig;
+    let info = rig.move_vm("attested", 0, 1)?;
+    let out: Vec<_> = decisions(&rig.hosts[0])?
+        .into_iter()
+        .filter(|decision| decision.action == "migrateOut")
+        .collect();
+    // Decided once, when the evidence was there; what it said at last was the same.
+    ensure!(
+        out.len() == 1 && out[0].permitted && out[0].migration == Some(info.id),
+        "{out:?}"
+    );
+    rig.move_vm("attested", 1, 0)?;
+    Ok(())
+}
+
+#[test]
+fn a_destination_that_has_measured_something_else_gets_no_page_until_it_is_remedied() -> Result<()>
+{
+    let judging = with_guest(&GuestSpec::small("careful"))?;
+    let rig = &judging.rig;
+    judging.tpms[1].extend(7, [0xee; 32])?;
+    let told = rig.migrate("careful", 0, 1, &[])?.expect_status(REFUSED)?;
+    // It knows that itself, and says so before the source has to find out.
+    refused_by(&told, Side::Destination, "register-not-allowed")?;
+    for info in rig.hosts[0].migrations()? {
+        ensure!(info.pages_sent == 0 && info.bytes_guest == 0, "{info:?}");
+    }
+    stayed(&judging, "careful")?;
+    ensure!(rig.hosts[1].qemus()?.is_empty() && rig.hosts[1].vms()?.is_empty());
+    // Switched off and on, it measures what it did before.
+    judging.tpms[1].restart()?;
+    rig.move_vm("careful", 0, 1)?;
+    Ok(())
+}
+
+#[test]
+fn a_source_that_has_measured_something_else_brings_nothing() -> Result<()> {
+    let judging = with_guest(&GuestSpec::small("suspect"))?;
+    let rig = &judging.rig;
+    judging.tpms[0].extend(0, [0xee; 32])?;
+    let told = rig.migrate("suspect", 0, 1, &[])?.expect_status(REFUSED)?;
+    refused_by(&told, Side::Destination, "register-not-allowed")?;
+    let doctor = rig.hosts[1].palanquin(&["doctor"])?;
+    ensure!(doctor.stdout.contains("in quarantine"), "{doctor:?}");
+    stayed(&judging, "suspect")
+}
+
+#[test]
+fn a_register_that_changes_between_the_check_and_the_switchover_turns_it_back() -> Result<()> {
+    let judging = with_guest(&GuestSpec::small("altered").filled(64))?;
+    let rig = &judging.rig;
+    let (running, id) = rig.begin_slow_migration("altered", 0, 1)?;
+    judging.tpms[1].extend(7, [0xee; 32])?;
+    ensure!(
+        rig.hosts[0].migration(id)?.outcome.is_none(),
+        "it was too fast for this test"
+    );
+    let told = running.finish(LONG)?.expect_status(REFUSED)?;
+    refused_by(&told, Side::Source, "register-not-allowed")?;
+    let doctor = rig.hosts[0].palanquin(&["doctor"])?;
+    ensure!(doctor.stdout.contains("in quarantine"), "{doctor:?}");
+    stayed(&judging, "altered")?;
+    ensure!(rig.hosts[1].qemus()?.is_empty() && rig.hosts[1].vms()?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn a_host_without_its_tpm_is_refused_and_says_so() -> Result<()> {
+    let judging = with_guest(&GuestSpec::small("silent"))?;
+    let rig = &judging.rig;
+    judging.tpms[1].off()?;
+    let told = rig.migrate("silent", 0, 1, &[])?.expect_status(REFUSED)?;
+    refused_by(&told, Side::Destination, "evidence-missing")?;
+    stayed(&judging, "silent")
+}

@@ -9,7 +9,11 @@ use coset::iana::Algorithm as Number;
 use coset::{CoseSign1Builder, HeaderBuilder, TaggedCborSerializable};
 use palanquin_agent::gate::credentials::Credentials;
 use palanquin_api::control::Strategy;
-use palanquin_trust::evidence::{Challenge, EVIDENCE_MAX, Expectation, Measured, Role};
+use palanquin_trust::enrolment::{Answer, Enrolled, Pending, Question, Request, read_registers};
+use palanquin_trust::evidence::public::{AttestationKey, EndorsementKey};
+use palanquin_trust::evidence::{
+    Challenge, EVIDENCE_MAX, Expectation, LOG_MAX, Log, Measured, Role,
+};
 use palanquin_trust::keys::{Algorithm, Ed25519Signer};
 use palanquin_trust::policy::{Case, Files};
 use palanquin_trust::signed::{Document, ENVELOPE_MAX};
@@ -52,7 +56,7 @@ pub(crate) const DOCUMENTS: Target = Target::new("documents", documents, || {
     seeds
 });
 
-/// A byte that says which, and evidence or a quote.
+/// A byte that says which, and evidence, a quote, a log of firmware, a key's public area, or a text of an enrolment.
 pub(crate) const EVIDENCE: Target = Target::new("evidence", evidence, || {
     let binding = challenge().binding(&measured());
     let quotes = [attest(&binding.0), attest(&[0; 32]), attest(&[])];
@@ -62,8 +66,35 @@ pub(crate) const EVIDENCE: Target = Target::new("evidence", evidence, || {
         .collect();
     let evidence = Evidence::new(measured(), quotes[0].clone(), vec![0; 72]);
     seeds.push([vec![0], evidence.to_bytes()].concat());
+    seeds.push([&[2][..], &log()].concat());
+    seeds.push([&[3][..], ATTESTATION_KEY, &[5; 32], b"\0\x20", &[6; 32]].concat());
+    seeds.push([&[3][..], ENDORSEMENT_KEY, &[0xc1; 256]].concat());
+    seeds.push([&[4][..], ENROLLED.as_bytes()].concat());
+    let values = vec![Sha256([7; 32]); 8];
+    let whole = Evidence::new(measured(), quotes[0].clone(), vec![0; 72]).with_registers(values);
+    let whole = Log::read(&log()).map(|log| whole.with_log(log));
+    seeds.extend(whole.map(|evidence| [vec![0], evidence.to_bytes()].concat()));
     seeds
 });
+
+/// Public areas without what is random in them: ECDSA on P-256, and RSA with 2048 bits.
+const ATTESTATION_KEY: &[u8] = b"\0\x23\0\x0b\0\x05\0\x72\0\0\0\x10\0\x18\0\x0b\0\x03\0\x10\0\x20";
+const ENDORSEMENT_KEY: &[u8] =
+    b"\0\x01\0\x0b\0\x03\0\xb2\0\0\0\x06\0\x80\0\x43\0\x10\x08\0\0\0\0\0\x01\0";
+
+const ENROLLED: &str = "host = \"spiffe://example.org/host/beta\"\nattestation-key = \"3059\"\n\
+    endorsement-key = \"sha256:0000000000000000000000000000000000000000000000000000000000000000\"\n\
+    reset-count = 5\nenrolled-unix-s = 1\n[[register]]\nnumber = 7\n\
+    allowed = [\"sha256:0000000000000000000000000000000000000000000000000000000000000000\"]\n";
+
+/// A log with one event in register 7.
+fn log() -> Vec<u8> {
+    let banks = b"Spec ID Event03\0\0\0\0\0\0\x02\0\x02\x01\0\0\0\x0b\0\x20\0\0";
+    let len = [banks.len() as u8, 0, 0, 0];
+    let event = b"\x07\0\0\0\x04\0\0\0\x01\0\0\0\x0b\0";
+    let head = [&b"\0\0\0\0\x03\0\0\0"[..], &[0; 20], &len, banks].concat();
+    [&head[..], event, &[0xb7; 32], &[0; 4]].concat()
+}
 
 /// A file of policies.
 pub(crate) const POLICIES: Target = Target::new("policies", policies, || {
@@ -295,6 +326,8 @@ fn measured() -> Measured {
         command_line: None,
         policy_version: 5,
         policy_sha256: Sha256([6; 32]),
+        code: None,
+        container: None,
     }
 }
 
@@ -309,13 +342,59 @@ fn evidence(data: &[u8]) {
     let Some((which, rest)) = data.split_first() else {
         return;
     };
-    if which % 2 == 0 {
-        let read = || Evidence::from_bytes(rest);
-        if let Ok(evidence) = within(rest.len() * EXPANSION + SLACK, read) {
-            assert!(rest.len() <= EVIDENCE_MAX && evidence.to_bytes() == rest);
+    match which % 5 {
+        0 => {
+            let read = || Evidence::from_bytes(rest);
+            if let Ok(evidence) = within(rest.len() * EXPANSION + SLACK, read) {
+                assert!(rest.len() <= EVIDENCE_MAX && evidence.to_bytes() == rest);
+            }
         }
-        return;
+        1 => quote(rest),
+        2 => {
+            let read = || Log::read(rest);
+            if let Ok(log) = within(rest.len() * EXPANSION + SLACK, read) {
+                // Each event has a digest of 32 bytes.
+                assert!(rest.len() <= LOG_MAX && log.len() * 32 <= rest.len());
+                let registers = (0..24).map(|register| (register, Sha256([0; 32])));
+                let explained = log
+                    .explain(&registers.collect())
+                    .expect("what was read is replayed");
+                assert!(
+                    explained.values().all(Vec::is_empty),
+                    "no digest leads to zeroes"
+                );
+            }
+        }
+        3 => {
+            if let Ok(key) = AttestationKey::read(rest) {
+                assert_eq!(key.name[2..], Sha256::of(rest).0);
+                assert_eq!(key.key.algorithm(), Algorithm::EcdsaP256);
+            }
+            if let Ok(key) = EndorsementKey::read(rest) {
+                assert_eq!(key.spki_der().len(), if key.is_rsa() { 294 } else { 91 });
+            }
+        }
+        _ => {
+            let Ok(text) = std::str::from_utf8(rest) else {
+                return;
+            };
+            if let Ok(enrolled) = Enrolled::from_toml(text) {
+                let again = enrolled
+                    .to_toml()
+                    .and_then(|text| Enrolled::from_toml(&text));
+                assert_eq!(again.expect("what was read is written"), enrolled);
+            }
+            let _ = (
+                Request::from_toml(text),
+                Question::from_toml(text),
+                Answer::from_toml(text),
+            );
+            let _ = (Pending::from_toml(text), read_registers(text));
+        }
     }
+}
+
+fn quote(rest: &[u8]) {
     let key = EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).expect("a key");
     let public =
         PublicKey::from_raw(Algorithm::EcdsaP256, key.public_key().as_ref()).expect("a key");

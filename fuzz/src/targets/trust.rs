@@ -129,11 +129,17 @@ pub(crate) const CREDENTIALS: Target = Target::new("credentials", credentials, |
     };
     let bytes = credentials.to_bytes().expect("short");
     // A length that nothing follows, and a map without end.
-    vec![bytes, b"\xa1\x00\x5b\xff\xff\xff\xff\xff\xff\xff\xff".to_vec(), b"\xbf\x02\x9f".to_vec()]
+    vec![
+        bytes,
+        b"\xa1\x00\x5b\xff\xff\xff\xff\xff\xff\xff\xff".to_vec(),
+        b"\xbf\x02\x9f".to_vec(),
+    ]
 });
 
 fn credentials(data: &[u8]) {
-    let read = within(data.len() * 8 + (64 << 10), || Credentials::from_bytes(data));
+    let read = within(data.len() * 8 + (64 << 10), || {
+        Credentials::from_bytes(data)
+    });
     if let Ok(credentials) = read {
         let bytes = credentials.to_bytes().expect("no longer than it was");
         assert_eq!(Credentials::from_bytes(&bytes), Ok(credentials));

@@ -839,9 +839,6 @@ impl SourceSession {
             Outcome::Completed => info!("completed"),
             _ => warn!(reason = %reason.as_ref().map_or("", |r| &r.message), ?outcome, "ended"),
         }
-        for blocker in &blockers {
-            self.agent.remedy(&blocker.code, &blocker.message);
-        }
         let refused = self.engine.is_refused();
         self.agent.source_ended(self.engine.order(), ending);
         if self.engine.is_untold() {

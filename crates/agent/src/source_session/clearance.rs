@@ -13,6 +13,9 @@ use palanquin_trust::evidence::Role;
 use super::{Failure, SourceEvent, SourceSession, failure};
 use crate::gate::{Question, api_blockers, encoded, gate_of, told_reason};
 
+/// The gate that judges what a host shows.
+const ATTESTATION: &str = "attestation";
+
 impl SourceSession {
     /// Makes what speaks for this host and its order at the destination; nothing where nothing is judged. On a thread of its
     /// own: a TPM takes its time.
@@ -80,7 +83,8 @@ impl SourceSession {
         self.fail(op, told);
     }
 
-    /// Names the gates that refused, where it was one: here, or at the destination after it had accepted.
+    /// Names the gates that refused, where it was one: here, or at the destination after it had accepted. What this host has
+    /// shown and was refused for may be remedied.
     pub(super) fn name_gates(&self, error: &mut ApiError, reason: &Reason) {
         if !self.refusals.is_empty() {
             error.kind = ErrorKind::Refused;
@@ -96,6 +100,13 @@ impl SourceSession {
                 message: reason.message.clone(),
                 remedy: "`palanquin decision ls` on the destination shows every reason.".to_owned(),
             });
+        }
+        let shown = error.blockers.iter().filter(|blocker| {
+            blocker.side == Side::Destination && blocker.gate.as_deref() == Some(ATTESTATION)
+        });
+        for blocker in shown {
+            let code = format!("{ATTESTATION}:{}", blocker.code);
+            self.agent.remedy(&code, &blocker.message);
         }
     }
 }

@@ -14,6 +14,7 @@ mod row;
 mod service;
 mod ssh;
 mod strategies;
+mod trust;
 mod workload;
 
 use std::process::ExitCode;
@@ -36,6 +37,8 @@ enum What {
     Peers(peers::Options),
     /// All strategies over dirty rates
     Strategies(strategies::Options),
+    /// What it costs that hosts judge, and show each other what they run
+    Trust(trust::Options),
 }
 
 fn main() -> ExitCode {
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
         match Arguments::parse().what {
             What::Peers(options) => peers::run(&options),
             What::Strategies(options) => strategies::run(&options),
+            What::Trust(options) => trust::run(&options),
         }
     };
     match run() {

@@ -82,14 +82,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let ways = [
         Way::Plain(Rig::new(&RigSpec::default())?),
         Way::Judged(JudgingRig::new()?),
-        Way::Attested(JudgingRig::attesting()?),
+        Way::Attested(JudgingRig::attesting(true)?),
     ];
     let mut samples: [Vec<MigrationInfo>; 3] = Default::default();
     for run in 0..options.runs + WARM_UPS {
         for (way, samples) in ways.iter().zip(&mut samples) {
-            let info = way
-                .run(options.fill_mib, run)
-                .with_context(|| way.name())?;
+            let info = way.run(options.fill_mib, run).with_context(|| way.name())?;
             println!(
                 "run {run}: {:<22} total {:>7.1} ms, downtime {:>5.1} ms{}",
                 way.name(),

@@ -17,6 +17,7 @@ use palanquin_engine::destination::{
 };
 use palanquin_engine::ids::StreamSecret;
 use palanquin_engine::message::{Demand, Offer, PRESENT_MAX, Present, Reason};
+use palanquin_engine::order::Ledger;
 use palanquin_engine::order::Order;
 use palanquin_engine::pages::{PAGE_BYTES, PageSet, RamLayout};
 use palanquin_engine::source::Failure;
@@ -30,7 +31,7 @@ use crate::agent::Agent;
 use crate::chain::chain;
 use crate::channel::Channel;
 use crate::fail_point::{fail_point, fail_point_at, fail_point_record};
-use crate::gate::InClearance;
+use crate::gate::{InClearance, told_state};
 use crate::net::protocol::Incoming;
 use crate::streams_in::{InEvent, InStreams, Pending, StreamsError};
 use crate::tracked::{Tracked, api_error, ms};
@@ -58,6 +59,17 @@ pub enum DestinationEvent {
         post_copy: bool,
         /// Its RAM had no data; absent where that does not matter, or could not be seen.
         empty: Option<Empty>,
+    },
+    /// What is known about the order, and what the gates say.
+    Consulted(Box<Ledger>, Option<Box<InClearance>>),
+    /// Evidence was made while the VM is being paused, and what was permitted judged anew.
+    Attested {
+        /// To report with.
+        op: Op,
+        /// What it rests on.
+        clearance: Option<Box<InClearance>>,
+        /// The evidence, or what refuses.
+        result: Result<Vec<u8>, Reason>,
     },
     /// A job of the container has ended.
     Container(Op, Result<DestinationDone, Failure>),
@@ -118,7 +130,7 @@ pub struct DestinationSession {
     round: u32,
     began: Time,
     /// That the VM may come; absent where nothing is judged, and after a restart.
-    clearance: Option<InClearance>,
+    clearance: Option<Box<InClearance>>,
 }
 
 impl DestinationSession {
@@ -300,6 +312,12 @@ impl DestinationSession {
                 self.ram = Some(ram);
                 self.show_container(op, post_copy, empty);
             }
+            DestinationEvent::Consulted(ledger, clearance) => self.consulted(&ledger, clearance),
+            DestinationEvent::Attested {
+                op,
+                clearance,
+                result,
+            } => self.attested(op, clearance, result),
             DestinationEvent::Container(op, result) => {
                 if let Err(Failure { reason, .. }) = &result {
                     // What comes of it is the engine's; that it happened may matter more when it is tried again.
@@ -735,7 +753,11 @@ impl DestinationSession {
             None => info!("the VM runs here"),
             Some(reason) => {
                 warn!(%reason, ?outcome, "ended");
-                self.agent.remedy(&reason.code, &reason.message);
+                // What this host was told about itself; what it refused is another's.
+                if matches!(ending, DestinationEnding::Discarded(_)) {
+                    let state = told_state(&reason.code, &reason.message);
+                    self.agent.remedy(state.into_iter());
+                }
             }
         }
         if let Some(order) = self.engine.order() {

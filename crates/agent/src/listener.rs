@@ -187,7 +187,7 @@ fn out_of_turn(channel: &Channel, what: &str) -> Result<(), ChannelError> {
 }
 
 /// What would stand in the way of an offer.
-fn check(agent: &Agent, offer: &Offer, channel: &Channel) -> Vec<WireBlocker> {
+fn check(agent: &Arc<Agent>, offer: &Offer, channel: &Channel) -> Vec<WireBlocker> {
     let mut blockers = Vec::new();
     match agent.ledger(&offer.order, channel.peer.name()) {
         Ok(ledger) => {

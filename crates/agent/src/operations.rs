@@ -176,7 +176,12 @@ impl Agent {
     /// # Errors
     ///
     /// The specification makes no sense, its name is taken, a gate refuses, or QEMU does not start.
-    pub fn run_vm(&self, spec: &VmSpec, passport: Option<&[u8]>, caller: Caller) -> Answer<VmInfo> {
+    pub fn run_vm(
+        self: &Arc<Self>,
+        spec: &VmSpec,
+        passport: Option<&[u8]>,
+        caller: Caller,
+    ) -> Answer<VmInfo> {
         self.free_name(&spec.name)?;
         let violations = spec.validate();
         if !violations.is_empty() {
@@ -237,7 +242,7 @@ impl Agent {
     ///
     /// It can't be reached, its name or identity is taken, or a gate refuses.
     pub fn adopt_vm(
-        &self,
+        self: &Arc<Self>,
         name: &str,
         pid: u32,
         qmp: &Path,
@@ -372,8 +377,9 @@ impl Agent {
         let asked_by = operator
             .as_ref()
             .map_or_else(|| caller.local_user(), ToString::to_string);
-        let turn = self.outbound_turn(&asked_by, &request.to, uuid, &what)?;
         let (vm, offer, layout) = self.offer_of(&entry, &request.to, request.streams)?;
+        // While it is held nobody else begins; asking QEMU may take long.
+        let turn = self.outbound_turn(&asked_by, &request.to, uuid, &what)?;
         let order = offer.order.clone();
         let fresh = || challenge::fresh().map_err(|e| internal("the migration can't be begun", &e));
         let (challenge, last_challenge) = (fresh()?, fresh()?);

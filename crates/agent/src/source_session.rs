@@ -312,8 +312,8 @@ impl SourceSession {
                 op,
                 challenge,
                 evidence,
-                ..
-            } => self.judge(op, challenge, &evidence),
+                last,
+            } => self.judge(op, challenge, &evidence, last),
             SourceAction::OpenStreams {
                 op,
                 streams,

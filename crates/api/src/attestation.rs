@@ -16,7 +16,7 @@ const EVENT_LOG: &str = "/sys/kernel/security/tpm0/binary_bios_measurements";
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Demand {
-    /// Of none: what is shown is not even looked at. Owners' passports may still want some.
+    /// Of none; what enrolled hosts show is looked at where policies or owners' passports ask for it.
     Never,
     /// Of those that are enrolled.
     #[default]

@@ -72,19 +72,19 @@ impl JudgingRig {
         Ok(judging)
     }
 
-    /// The same where each host has a TPM and has enrolled the others, and itself; registers 0 and 7 are quoted.
+    /// The same where each host has a TPM and has enrolled the others, and itself where asked to; registers 0 and 7 are
+    /// quoted.
     ///
     /// # Errors
     ///
     /// If a part is missing.
-    pub fn attesting() -> Result<Self> {
+    pub fn attesting(know_themselves: bool) -> Result<Self> {
         let mut judging = Self::new()?;
-        fs::create_dir(judging.enrolled())?;
         for index in 0..judging.rig.hosts.len() {
             let host = &judging.rig.hosts[index];
             let tpm = Swtpm::start_in(&host.namespace, host.dir().join("tpm"))?;
             judging.tpms.push(tpm);
-            judging.enrol(index)?;
+            judging.enrol(index, know_themselves)?;
         }
         for index in 0..judging.rig.hosts.len() {
             judging.set_operator(index, "alice")?;
@@ -95,16 +95,12 @@ impl JudgingRig {
         Ok(judging)
     }
 
-    fn enrolled(&self) -> PathBuf {
-        self.rig.dir().join("enrolled")
+    fn enrolled(&self, index: usize) -> PathBuf {
+        self.rig.dir().join(format!("enrolled-{index}"))
     }
 
     /// Makes a host known by its TPM and what that has measured until now.
-    ///
-    /// # Errors
-    ///
-    /// If a step is refused.
-    pub fn enrol(&self, index: usize) -> Result<()> {
+    fn enrol(&self, index: usize, knows_itself: bool) -> Result<()> {
         let host = &self.rig.hosts[index];
         let name = identity("host", host.name());
         let file = |end: &str| host.dir().join(end).display().to_string();
@@ -146,10 +142,15 @@ impl JudgingRig {
         ];
         host.palanquin_inside(&[&words[..], &tpm].concat())?
             .expect_status(0)?;
-        let out = self.enrolled().join(format!("{}.toml", host.name()));
-        let _ = fs::remove_file(&out);
-        let out = out.display().to_string();
+        let out = file("enrolment");
         palanquin(&["attest", "accept", &pending, &answer, "--out", &out])?.expect_status(0)?;
+        for other in 0..self.rig.hosts.len() {
+            let dir = self.enrolled(other);
+            fs::create_dir_all(&dir)?;
+            if other != index || knows_itself {
+                fs::copy(&out, dir.join(format!("{}.toml", host.name())))?;
+            }
+        }
         Ok(())
     }
 
@@ -161,7 +162,7 @@ impl JudgingRig {
         format!(
             "[trust.attestation]\ntpm = {:?}\nkey = {key:?}\nregisters = [0, 7]\nenrolled = {:?}\ndemand = \"always\"\n",
             tpm.tcti(),
-            self.enrolled()
+            self.enrolled(index)
         )
     }
 

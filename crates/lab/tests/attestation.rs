@@ -19,8 +19,12 @@ const WANTED: &str = "[attestation]\nmax-age = \"60s\"\n";
 const VM: Uuid = Uuid::from_u128(0x7a1c_0000_0000_4000_8000_0000_0000_0002);
 
 fn with_guest(guest: &GuestSpec) -> Result<JudgingRig> {
-    let judging = JudgingRig::attesting()?;
-    let passport = judging.passport(VM, 1, WANTED)?;
+    with_passport(guest, WANTED)
+}
+
+fn with_passport(guest: &GuestSpec, wanted: &str) -> Result<JudgingRig> {
+    let judging = JudgingRig::attesting(true)?;
+    let passport = judging.passport(VM, 1, wanted)?;
     judging.rig.hosts[0].boot_with(guest, &["--passport", &passport])?;
     Ok(judging)
 }
@@ -63,6 +67,19 @@ fn hosts_that_show_what_they_were_enrolled_with_take_a_vm_whose_owner_wants_that
 }
 
 #[test]
+fn a_copy_that_takes_longer_than_evidence_is_good_for_ends_with_new_evidence() -> Result<()> {
+    let guest = GuestSpec::small("patient").filled(64);
+    let judging = with_passport(&guest, "[attestation]\nmax-age = \"1s\"\n")?;
+    let rig = &judging.rig;
+    let (running, id) = rig.begin_slow_migration("patient", 0, 1)?;
+    let told = running.finish(LONG)?.expect_status(0)?;
+    let info = told.migration()?;
+    ensure!(info.id == id && info.total_time_ms > 2000.0, "{info:?}");
+    rig.check_lives_once("patient", 1)?;
+    Ok(())
+}
+
+#[test]
 fn a_destination_that_has_measured_something_else_gets_no_page_until_it_is_remedied() -> Result<()>
 {
     let judging = with_guest(&GuestSpec::small("careful"))?;
@@ -70,7 +87,7 @@ fn a_destination_that_has_measured_something_else_gets_no_page_until_it_is_remed
     judging.tpms[1].extend(7, [0xee; 32])?;
     let told = rig.migrate("careful", 0, 1, &[])?.expect_status(REFUSED)?;
     // It knows that itself, and says so before the source has to find out.
-    refused_by(&told, Side::Destination, "register-not-allowed")?;
+    refused_by(&told, Side::Destination, "target-state")?;
     for info in rig.hosts[0].migrations()? {
         ensure!(info.pages_sent == 0 && info.bytes_guest == 0, "{info:?}");
     }
@@ -96,8 +113,12 @@ fn a_source_that_has_measured_something_else_brings_nothing() -> Result<()> {
 
 #[test]
 fn a_register_that_changes_between_the_check_and_the_switchover_turns_it_back() -> Result<()> {
-    let judging = with_guest(&GuestSpec::small("altered").filled(64))?;
+    // The destination does not look at itself: it is the source that must.
+    let judging = JudgingRig::attesting(false)?;
     let rig = &judging.rig;
+    let passport = judging.passport(VM, 1, "")?;
+    let guest = GuestSpec::small("altered").filled(64);
+    rig.hosts[0].boot_with(&guest, &["--passport", &passport])?;
     let (running, id) = rig.begin_slow_migration("altered", 0, 1)?;
     judging.tpms[1].extend(7, [0xee; 32])?;
     ensure!(
@@ -119,6 +140,6 @@ fn a_host_without_its_tpm_is_refused_and_says_so() -> Result<()> {
     let rig = &judging.rig;
     judging.tpms[1].off()?;
     let told = rig.migrate("silent", 0, 1, &[])?.expect_status(REFUSED)?;
-    refused_by(&told, Side::Destination, "evidence-missing")?;
+    refused_by(&told, Side::Destination, "target-state")?;
     stayed(&judging, "silent")
 }

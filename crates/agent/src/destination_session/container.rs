@@ -241,15 +241,8 @@ impl Work {
         vm.prepare_to_load()
             .map_err(|error| failure("container", &error))?;
         let shows = self.agent.gate.shows_something();
-        let empty = shows.then(|| measure::empty(ram.as_ref()));
-        let empty = empty.and_then(|empty| {
-            empty
-                .inspect_err(|error| {
-                    let problem = chain(error);
-                    warn!(problem, "the container's memory is not known to be empty");
-                })
-                .ok()
-        });
+        let empty = shows.then(|| measure::empty(ram.as_ref())).transpose();
+        let empty = empty.map_err(|error| failure("container-not-empty", &error))?;
         Ok(Ok(Container {
             vm,
             ram,

@@ -104,7 +104,7 @@ impl Agent {
     ///
     /// Everything that refuses.
     pub fn clear_in(
-        &self,
+        self: &Arc<Self>,
         offer: &Offer,
         bringer: Bringer<'_>,
         tried: bool,
@@ -134,7 +134,7 @@ impl Agent {
     }
 
     fn judge_in(
-        &self,
+        self: &Arc<Self>,
         offer: &Offer,
         bringer: Bringer<'_>,
         operator: &mut String,
@@ -186,7 +186,7 @@ impl Agent {
                 &credentials.evidence,
             )?
         };
-        let own_claims = self.own_claims(migration, vm, redeemed.sha256())?;
+        let own_claims = self.own_claims(migration, vm, redeemed.sha256(), tried)?;
         let wish = redeemed.to_wish();
         let ask = Ask {
             action: wish.action,
@@ -275,39 +275,46 @@ impl Agent {
     }
 
     /// Judges once more, before the VM is given up by its source: where other policies hold now, or what it rested on has
-    /// expired.
+    /// expired. With what this host shows of itself now, where it shows something.
     ///
     /// # Errors
     ///
     /// Everything that refuses.
     pub fn judge_arrival(
-        &self,
+        self: &Arc<Self>,
         cleared: Option<&mut InClearance>,
         order: &Order,
+        shown: Option<(&Question, &[u8])>,
     ) -> Result<(), Vec<Reason>> {
         let Some(books) = self.gate.books() else {
             return Ok(());
         };
         let cleared = cleared.ok_or_else(|| vec![never_cleared()])?;
-        self.renew_in(cleared, &books, order).map_err(|refused| {
-            let operator = cleared.clearance.operator.to_string();
-            let subject = Subject {
-                action: Action::MigrateIn,
-                operator: &operator,
-                vm: Some(cleared.clearance.ask.vm),
-                migration: Some(order.migration),
-            };
-            self.note_refusal(&subject, &refused);
-            refused.reasons
-        })
+        self.renew_in(cleared, &books, order, shown)
+            .map_err(|refused| {
+                let operator = cleared.clearance.operator.to_string();
+                let subject = Subject {
+                    action: Action::MigrateIn,
+                    operator: &operator,
+                    vm: Some(cleared.clearance.ask.vm),
+                    migration: Some(order.migration),
+                };
+                self.note_refusal(&subject, &refused);
+                refused.reasons
+            })
     }
 
     fn renew_in(
-        &self,
+        self: &Arc<Self>,
         cleared: &mut InClearance,
         books: &Arc<Books>,
         order: &Order,
+        shown: Option<(&Question, &[u8])>,
     ) -> Result<(), Refusal> {
+        if let Some((question, evidence)) = shown {
+            // What it says now counts here, too.
+            cleared.own_claims = self.own(question, evidence)?;
+        }
         let (clearance, now) = (&mut cleared.clearance, self.unix_s());
         let last = self.last_passport(clearance.ask.vm)?;
         if clearance.holds(books, last.as_ref(), now) {

@@ -3,8 +3,8 @@
 //! Asked for after the mutual TLS handshake and bound to it (`docs/attestation.md`). What cannot be shown is left out: who
 //! wants to see it refuses.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use palanquin_api::attestation::{Attestation, Demand, RemediationHook};
 use palanquin_engine::ids::Challenge32;
@@ -14,7 +14,7 @@ use palanquin_host::vm::{Handle, Obstacle};
 use palanquin_trust::decision::{Gate, Reason};
 use palanquin_trust::evidence::{Challenge, Measured, Role};
 use palanquin_trust::{Identity, Sha256, VerifiedClaims};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use super::{GateError, Gatekeeper};
@@ -79,10 +79,13 @@ impl Question {
 pub(super) struct Showing {
     attester: Attester,
     verifier: Option<Verifier>,
-    demand: Demand,
     quarantine: Quarantine,
     hook: Option<RemediationHook>,
-    remedying: AtomicBool,
+    remedied: Mutex<Option<Instant>>,
+    /// Held while what is kept of checks is written.
+    keeping: Mutex<()>,
+    /// Held while this host shows something to itself for somebody who only wants to know.
+    trying: Mutex<()>,
     meter: Arc<Meter>,
 }
 
@@ -93,19 +96,29 @@ impl Showing {
         meter: Arc<Meter>,
     ) -> Result<Self, GateError> {
         let (attester, verifier) = match config {
-            Some(config) => (
-                Attester::open(config, state_dir)?,
-                Some(Verifier::open(config)?),
-            ),
+            Some(config) => {
+                let verifier = Verifier::open(config).or_else(|error| {
+                    // What runs here has to be recovered all the same.
+                    let problem = chain(&error);
+                    error!(problem, "enrolments are not usable: no host is known");
+                    Verifier::open(&Attestation {
+                        enrolled: None,
+                        demand: Demand::Always,
+                        ..config.clone()
+                    })
+                });
+                (Attester::open(config, state_dir)?, Some(verifier?))
+            }
             None => (Attester::none(), None),
         };
         Ok(Self {
             attester,
             verifier,
-            demand: config.map_or(Demand::Never, |config| config.demand),
             quarantine: Quarantine::default(),
             hook: config.and_then(|config| config.remediation_hook.clone()),
-            remedying: AtomicBool::new(false),
+            remedied: Mutex::default(),
+            keeping: Mutex::default(),
+            trying: Mutex::default(),
             meter,
         })
     }
@@ -113,8 +126,18 @@ impl Showing {
     /// Whether evidence of this host is looked at, and can be believed.
     fn looks_at(&self, host: &Identity) -> bool {
         let verifier = self.verifier.as_ref();
-        self.demand != Demand::Never && verifier.is_some_and(|verifier| verifier.knows(host))
+        verifier.is_some_and(|verifier| verifier.knows(host))
     }
+}
+
+/// Shortest time between two runs of the hook. One that takes longer than that is not waited for: its deadline is an hour.
+const REMEDY_PAUSE: Duration = Duration::from_secs(600);
+/// Codes of refusals that are about the state of the host that was asked.
+const STATE_CODES: [&str; 2] = ["register-not-allowed", "register-not-told"];
+
+/// This host is not what it has to be, by its own word.
+fn own_state(code: &'static str, message: String, remedy: &str) -> Reason {
+    Reason::new(Gate::Attestation, code, message, remedy)
 }
 
 /// What a refusal by evidence says.
@@ -150,17 +173,19 @@ impl Gatekeeper {
 
     fn measured(&self, hypervisor: Option<&Handle>, empty: Option<Empty>) -> Option<Measured> {
         let (showing, books) = (self.showing()?, self.books()?);
-        let hypervisor = hypervisor.and_then(|handle| match showing.meter.vm(handle) {
-            Ok(found) => Some(found),
-            Err(error) => {
+        let hypervisor = match hypervisor.map(|handle| showing.meter.vm(handle)) {
+            None => None,
+            Some(Ok(found)) => Some(found),
+            // Code that was altered is not to be shown as code that is not known.
+            Some(Err(error)) => {
                 let problem = chain(&error);
                 warn!(
                     problem,
-                    "the hypervisor cannot be measured: evidence says nothing of it"
+                    "the hypervisor cannot be measured: no evidence is shown"
                 );
-                None
+                return None;
             }
-        });
+        };
         let policies = &books.policies;
         let version = policies.directory().version;
         Some(measured(
@@ -247,29 +272,55 @@ impl Agent {
     }
 
     /// What this host would prove to itself: for decisions about what comes here, and where the owner or a policy looks at
-    /// that. It protects an honest host from taking what it must not have; others don't rely on it.
+    /// that. It protects an honest host from taking what it must not have; others don't rely on it. What only `tried` is
+    /// waits for nobody.
     pub(super) fn own_claims(
-        &self,
+        self: &Arc<Self>,
         migration: MigrationId,
         vm: VmId,
         order_sha256: Sha256,
+        tried: bool,
     ) -> Result<Option<VerifiedClaims>, Vec<Reason>> {
         let host = self.gate.host();
-        if !self.gate.awaits_evidence(host) {
+        let Some(showing) = self.gate.showing().filter(|showing| showing.looks_at(host)) else {
             return Ok(None);
-        }
+        };
+        let busy = |_| {
+            let message = "somebody else asks this host for evidence just now";
+            vec![own_state("evidence-busy", message.to_owned(), "Ask again.")]
+        };
+        let _turn = match tried {
+            true => Some(showing.trying.try_lock().map_err(busy)?),
+            false => None,
+        };
         let nonce = crate::challenge::fresh().map_err(|error| {
             let remedy = "Look at the agent's log.";
-            vec![Reason::new(
-                Gate::Attestation,
-                "no-randomness",
-                error.to_string(),
-                remedy,
-            )]
+            vec![own_state("no-randomness", error.to_string(), remedy)]
         })?;
         let question = Question::on(nonce, [0; 32], migration, vm, order_sha256);
         let evidence = self.gate.evidence(Role::Target, &question, None, None);
-        self.claims(host, Role::Target, &question, &evidence)
+        self.own(&question, &evidence)
+    }
+
+    /// The same from evidence that was made for another host.
+    pub(super) fn own(
+        self: &Arc<Self>,
+        question: &Question,
+        evidence: &[u8],
+    ) -> Result<Option<VerifiedClaims>, Vec<Reason>> {
+        if !self.gate.awaits_evidence(self.gate.host()) {
+            return Ok(None);
+        }
+        let claims = self.claims(self.gate.host(), Role::Target, question, evidence);
+        claims.map_err(|reasons| {
+            self.remedy(reasons.iter().map(|reason| Obstacle {
+                code: reason.code.to_owned(),
+                message: reason.message.clone(),
+                remedy: reason.remedy.clone(),
+            }));
+            let of = |reason: Reason| own_state("target-state", reason.message, &reason.remedy);
+            reasons.into_iter().map(of).collect()
+        })
     }
 
     /// Keeps who is in quarantine and what the TPMs of others have counted beyond a restart.
@@ -277,6 +328,7 @@ impl Agent {
         let Some(showing) = self.gate.showing() else {
             return;
         };
+        let _keeping = super::lock(&showing.keeping);
         let resets = showing.verifier.as_ref().map(Verifier::resets);
         let kept = self
             .store
@@ -309,45 +361,41 @@ impl Agent {
         }
     }
 
-    /// Another host has refused this one for what it has shown: a program may remedy that, if one is configured. One at a
-    /// time, and it runs beside all else.
-    pub(crate) fn remedy(self: &Arc<Self>, gate_code: &str, message: &str) {
-        let Some(code) = gate_code.strip_prefix("attestation:") else {
-            return;
-        };
+    /// This host was refused for its state, by itself or by another: a program may remedy that, if one is configured. One at a
+    /// time and not all the time, because others can cause it; it runs beside all else.
+    pub(crate) fn remedy(self: &Arc<Self>, obstacles: impl Iterator<Item = Obstacle>) {
+        let obstacles: Vec<_> = obstacles.collect();
         let Some(showing) = self.gate.showing() else {
             return;
         };
-        let Some(hook) = showing.hook.clone() else {
+        let Some(hook) = showing.hook.clone().filter(|_| !obstacles.is_empty()) else {
             return;
         };
-        if showing.remedying.swap(true, Ordering::Relaxed) {
+        let mut remedied = super::lock(&showing.remedied);
+        if remedied.is_some_and(|at| at.elapsed() < REMEDY_PAUSE) {
             return;
         }
-        let obstacle = Obstacle {
-            code: code.to_owned(),
-            message: message.to_owned(),
-            remedy: "Make this host what was enrolled, or enrol it again.".to_owned(),
-        };
-        let agent = Arc::clone(self);
-        let work = move || {
-            match run_hook(&hook, &[obstacle]) {
-                Ok(said) => info!(said, "the hook has remedied what it could"),
-                Err(error) => {
-                    let problem = chain(&error);
-                    warn!(problem, "the hook has remedied nothing");
-                }
-            }
-            if let Some(showing) = agent.gate.showing() {
-                showing.remedying.store(false, Ordering::Relaxed);
+        *remedied = Some(Instant::now());
+        let work = move || match run_hook(&hook, &obstacles) {
+            Ok(said) => info!(said, "the hook has remedied what it could"),
+            Err(error) => {
+                let problem = chain(&error);
+                warn!(problem, "the hook has remedied nothing");
             }
         };
-        if let Err(error) = std::thread::Builder::new()
-            .name("remedy".to_owned())
-            .spawn(work)
-        {
-            showing.remedying.store(false, Ordering::Relaxed);
+        let thread = std::thread::Builder::new().name("remedy".to_owned());
+        if let Err(error) = thread.spawn(work) {
             warn!(%error, "no thread for the hook");
         }
     }
+}
+
+/// What other hosts say about the state of this one, as far as it is that which they refuse.
+pub(crate) fn told_state(code: &str, message: &str) -> Option<Obstacle> {
+    let code = code.strip_prefix("attestation:").unwrap_or(code);
+    STATE_CODES.contains(&code).then(|| Obstacle {
+        code: code.to_owned(),
+        message: message.to_owned(),
+        remedy: "Make this host what was enrolled, or enrol it again.".to_owned(),
+    })
 }

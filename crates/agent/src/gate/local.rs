@@ -4,6 +4,7 @@ use palanquin_api::control::MigrationInfo;
 use palanquin_engine::{MigrationId, VmId};
 use palanquin_trust::decision::{Action, Reason};
 use palanquin_trust::{Identity, Kind, Passport, Sha256, Verified};
+use tracing::warn;
 use uuid::Uuid;
 
 use super::journal::Subject;
@@ -11,6 +12,7 @@ use super::passports::{follows, judges_nothing, not_journaled, verify_any};
 use super::{Ask, Caller, Clearance, Proven, Refusal, refusal};
 use crate::agent::Agent;
 use crate::operations::Answer;
+use std::sync::Arc;
 
 /// What evidence is bound to where nothing moves.
 const NO_MIGRATION: MigrationId = MigrationId([0; 16]);
@@ -71,7 +73,7 @@ impl Agent {
     ///
     /// A gate refuses, or there is a passport and nothing is judged.
     pub fn clear_adoption(
-        &self,
+        self: &Arc<Self>,
         caller: Caller,
         name: &str,
         passport: Option<&[u8]>,
@@ -109,7 +111,7 @@ impl Agent {
             .map_err(Refusal::from)
             .and_then(|last| {
                 follows(&given, last.as_ref())?;
-                let own = self.own_claims(NO_MIGRATION, VmId(*vm.as_bytes()), NO_ORDER)?;
+                let own = self.own_claims(NO_MIGRATION, VmId(*vm.as_bytes()), NO_ORDER, false)?;
                 Clearance::ask(
                     books,
                     Ask::here(Action::Adopt, vm, self.gate.host()),
@@ -161,18 +163,29 @@ impl Agent {
         let operator = self.operator_of(caller, action, Some(vm), what)?;
         let operator = operator.ok_or_else(judges_nothing)?;
         let shown = operator.to_string();
-        let judged = self.passport_of(&books, vm).map_err(Refusal::from);
-        let judged = judged.and_then(|(passport, last)| {
-            Clearance::ask(
-                books,
-                ask,
-                operator,
-                (passport, Some(&last)),
-                Vec::new(),
-                Proven::default(),
-                self.unix_s(),
-            )
-        });
+        let passport = self.passport_of(&books, vm);
+        if let (Action::Abort, Err(reason)) = (action, &passport) {
+            // The VM stays where it is, and must not be held in a migration for want of a document.
+            warn!(
+                operator = shown,
+                reason = reason.message,
+                "aborted without a passport"
+            );
+            return Ok(());
+        }
+        let judged = passport
+            .map_err(Refusal::from)
+            .and_then(|(passport, last)| {
+                Clearance::ask(
+                    books,
+                    ask,
+                    operator,
+                    (passport, Some(&last)),
+                    Vec::new(),
+                    Proven::default(),
+                    self.unix_s(),
+                )
+            });
         let cleared = judged.map_err(|refused| {
             let subject = Subject {
                 action,
@@ -182,7 +195,8 @@ impl Agent {
             };
             self.refused_here(&subject, &refused, what)
         })?;
-        if self.note_clearance(&cleared, migration) {
+        // A full disk must not stop an abort either.
+        if self.note_clearance(&cleared, migration) || action == Action::Abort {
             Ok(())
         } else {
             Err(not_journaled())

@@ -16,6 +16,7 @@ mod source;
 
 pub use self::destination::{Bringer, InClearance};
 pub use self::evidence::Question;
+pub(crate) use self::evidence::told_state;
 pub use self::journal::{Refusal, api_blockers, refusal, wire_blockers};
 pub(crate) use self::journal::{Subject, gate_of, told_reason};
 pub use self::local::Adoption;
@@ -38,7 +39,7 @@ use palanquin_host::users::User;
 use palanquin_trust::decision::{Action, Decision, Gate, Permit, Reason, Wish};
 use palanquin_trust::identity::IdentityError;
 use palanquin_trust::passport::LastPassport;
-use palanquin_trust::policy::{Policies, Request};
+use palanquin_trust::policy::{Files, Policies, Request};
 use palanquin_trust::{Approval, Identity, Keyring, Passport, Verified, VerifiedClaims};
 use palanquin_trust_files::{FilesError, keyring, policies};
 use tracing::{error, info};
@@ -83,6 +84,31 @@ pub struct Books {
     pub policies: Policies,
     /// Of owners and approvers.
     pub keys: Keyring,
+}
+
+/// What decides where policies or keys cannot be read.
+const UNUSABLE: &str = r#"
+@id("policies-unusable")
+@reason("the policies or keys of this host cannot be used")
+@remedy("`palanquin config check` says why; mend them, and have them read again (SIGHUP).")
+forbid (principal, action, resource);
+"#;
+
+impl Books {
+    /// Permits nothing, and believes nobody. The error is why; it is given back should even that not be possible.
+    fn refusing(error: GateError) -> Result<Self, GateError> {
+        let files = Files {
+            policies: [("unusable.cedar".to_owned(), UNUSABLE.to_owned())].into(),
+            directory: "version = 1\n".to_owned(),
+        };
+        match Policies::load(&files) {
+            Ok(policies) => Ok(Self {
+                policies,
+                keys: Keyring::default(),
+            }),
+            Err(_) => Err(error),
+        }
+    }
 }
 
 struct Judged {
@@ -145,6 +171,18 @@ impl Gatekeeper {
         let judged = match &config.trust {
             None => None,
             Some(trust) => {
+                // What runs here has to be recovered also where nothing new can be permitted.
+                let (books, problem) = match load(trust) {
+                    Ok(books) => (books, None),
+                    Err(error) => {
+                        let problem = chain(&error);
+                        error!(
+                            problem,
+                            "policies or keys are not usable: nothing is permitted until they are, and read again"
+                        );
+                        (Books::refusing(error)?, Some(problem))
+                    }
+                };
                 let mut operators = HashMap::new();
                 for (user, identity) in &trust.operators {
                     operators.insert(uid_of(user)?, identity.parse()?);
@@ -154,8 +192,8 @@ impl Gatekeeper {
                     operators,
                     signer: signer.ok_or(GateError::NoSigner)?,
                     showing: Showing::open(trust.attestation.as_ref(), &config.state_dir, meter)?,
-                    books: Mutex::new(Arc::new(load(trust)?)),
-                    reload_error: Mutex::default(),
+                    books: Mutex::new(Arc::new(books)),
+                    reload_error: Mutex::new(problem),
                 })
             }
         };
@@ -341,6 +379,7 @@ impl Clearance {
             approvals: &approvals,
             source_claims: proven.source,
             target_claims: proven.target,
+            under_way: false,
             now_unix_s,
         })?;
         Ok(Self {
@@ -413,6 +452,7 @@ impl Clearance {
             approvals: &self.approvals,
             source_claims: proven.source,
             target_claims: proven.target,
+            under_way: true,
             now_unix_s,
         })?);
         self.books = Arc::clone(books);

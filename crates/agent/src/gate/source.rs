@@ -193,7 +193,12 @@ impl Agent {
                     && refused
                         .reasons
                         .iter()
-                        .all(|reason| matches!(reason.gate, Gate::Attestation | Gate::Policy)) =>
+                        .all(|reason| matches!(reason.gate, Gate::Attestation | Gate::Policy))
+                    && (books.policies.look_at_targets()
+                        || refused
+                            .reasons
+                            .iter()
+                            .any(|reason| reason.gate == Gate::Attestation)) =>
             {
                 Clearance::wait(
                     Arc::clone(books),
@@ -230,7 +235,8 @@ impl Agent {
         })
     }
 
-    /// Judges the target of a migration by its evidence, before anything is sent and at last before the commit. What was
+    /// Judges the target of a migration by its evidence, before anything is sent (then the container has to be empty, and as
+    /// large as told) and at last before the commit. What was
     /// permitted by other policies, or has expired meanwhile, is judged anew.
     ///
     /// # Errors
@@ -241,6 +247,7 @@ impl Agent {
         cleared: Option<&mut OutClearance>,
         order: &Order,
         shown: Option<(&Question, &[u8])>,
+        container_bytes: Option<u64>,
     ) -> Result<(), Vec<Reason>> {
         let Some(books) = self.gate.books() else {
             return Ok(());
@@ -264,6 +271,14 @@ impl Agent {
                 let refused = reasons.clone().into();
                 self.note_refusal(&subject(Action::MigrateOut), &refused);
             })?;
+        if let (Some(bytes), Some(claims)) = (container_bytes, &claims) {
+            let container = claims.measured().container.as_ref();
+            if container.is_none_or(|container| container.empty_bytes != bytes) {
+                let reason = not_empty(&target);
+                self.note_refusal(&subject(Action::MigrateOut), &reason.clone().into());
+                return Err(vec![reason]);
+            }
+        }
         let is_unchanged = match (&cleared.claims, &claims) {
             (Some(before), Some(now)) => is_unchanged(before, now),
             (None, None) => true,
@@ -290,6 +305,16 @@ impl Agent {
         cleared.claims = claims;
         Ok(())
     }
+}
+
+/// Its evidence does not say that the container is what the VM needs.
+fn not_empty(target: &Identity) -> Reason {
+    Reason::new(
+        Gate::Attestation,
+        "container-not-empty",
+        format!("{target} has not proven that all memory of the container is empty"),
+        "Look at the log of that host's agent.",
+    )
 }
 
 /// The connection on which it was to be asked is gone.

@@ -11,10 +11,7 @@ use palanquin_trust::decision::Reason as GateReason;
 use palanquin_trust::evidence::Role;
 
 use super::{Failure, SourceEvent, SourceSession, failure};
-use crate::gate::{Question, api_blockers, encoded, gate_of, told_reason};
-
-/// The gate that judges what a host shows.
-const ATTESTATION: &str = "attestation";
+use crate::gate::{Question, api_blockers, encoded, gate_of, told_reason, told_state};
 
 impl SourceSession {
     /// Makes what speaks for this host and its order at the destination; nothing where nothing is judged. On a thread of its
@@ -52,13 +49,15 @@ impl SourceSession {
     }
 
     /// Judges the destination, by what it says about itself and by the policies that hold now.
-    pub(super) fn judge(&mut self, op: Op, challenge: Challenge32, evidence: &[u8]) {
+    pub(super) fn judge(&mut self, op: Op, challenge: Challenge32, evidence: &[u8], last: bool) {
+        let layout = self.params.layout.as_ref().filter(|_| !last);
+        let container_bytes = layout.map(|layout| layout.total_bytes());
         let question = self.question(challenge);
         let shown = question.as_ref().map(|question| (question, evidence));
         let clearance = self.params.clearance.as_mut();
-        let judged = self
-            .agent
-            .judge_target(clearance, self.engine.order(), shown);
+        let judged =
+            self.agent
+                .judge_target(clearance, self.engine.order(), shown, container_bytes);
         match judged {
             Ok(()) => self.report(op, Ok(SourceDone::Done)),
             Err(reasons) => self.refuse(op, reasons),
@@ -101,12 +100,10 @@ impl SourceSession {
                 remedy: "`palanquin decision ls` on the destination shows every reason.".to_owned(),
             });
         }
-        let shown = error.blockers.iter().filter(|blocker| {
-            blocker.side == Side::Destination && blocker.gate.as_deref() == Some(ATTESTATION)
+        let told = error.blockers.iter().filter(|blocker| {
+            blocker.side == Side::Destination && blocker.gate.as_deref() == Some("attestation")
         });
-        for blocker in shown {
-            let code = format!("{ATTESTATION}:{}", blocker.code);
-            self.agent.remedy(&code, &blocker.message);
-        }
+        let states = told.filter_map(|blocker| told_state(&blocker.code, &blocker.message));
+        self.agent.remedy(states);
     }
 }

@@ -16,7 +16,7 @@ use std::time::Duration;
 use self::worker::{Open, Worker};
 
 /// Longest wait for a quote, registers or a secret.
-pub const QUICK: Duration = Duration::from_secs(10);
+pub const QUICK: Duration = Duration::from_secs(5);
 /// Longest wait for a key to be made: some TPMs need tens of seconds for one of RSA.
 pub const SLOW: Duration = Duration::from_secs(90);
 /// Largest secret that can be sealed, in bytes (`MAX_SYM_DATA`).
@@ -207,6 +207,11 @@ impl Tpm {
     }
 
     /// See the feature `tpm`.
+    pub fn later(name: &str) -> Result<Self, TpmError> {
+        Self::open(name)
+    }
+
+    /// See the feature `tpm`.
     pub fn endorsement(&self, _: EndorsementKind) -> Result<Endorsement, TpmError> {
         Err(TpmError::NotBuilt)
     }
@@ -257,12 +262,21 @@ impl Tpm {
 impl Tpm {
     /// The TPM of that name: `device:/dev/tpmrm0` or `swtpm:host=HOST,port=PORT`. Looks whether it answers.
     pub fn open(name: &str) -> Result<Self, TpmError> {
-        let tpm = Self {
-            name: name.to_owned(),
-            queue: worker::Queue::start(Worker::new(name)?)?,
-        };
+        let tpm = Self::later(name)?;
         tpm.ask("opening the TPM", QUICK, |_| Ok(()))?;
         Ok(tpm)
+    }
+
+    /// The same, but opened only when it is first asked for something.
+    ///
+    /// # Errors
+    ///
+    /// The name is not that of a TPM.
+    pub fn later(name: &str) -> Result<Self, TpmError> {
+        Ok(Self {
+            name: name.to_owned(),
+            queue: worker::Queue::start(Worker::new(name)?)?,
+        })
     }
 
     /// Name by which it was opened.

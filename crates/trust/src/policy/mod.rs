@@ -64,6 +64,9 @@ pub struct Request<'a> {
     pub source_claims: Option<&'a VerifiedClaims>,
     /// What the target has proven.
     pub target_claims: Option<&'a VerifiedClaims>,
+    /// Whether this was permitted before and is judged anew: the source is asked for evidence only once, at the beginning, and
+    /// that it has got older since does not count against it. Policies see how old it is.
+    pub under_way: bool,
     /// Seconds since 1970.
     pub now_unix_s: u64,
 }
@@ -133,6 +136,12 @@ impl Policies {
         &self.file_of
     }
 
+    /// Whether any policy looks at what a target has proven.
+    pub fn look_at_targets(&self) -> bool {
+        let mut policies = self.set.policies();
+        policies.any(|policy| policy.to_string().contains("targetAttestation"))
+    }
+
     /// Decides.
     ///
     /// # Errors
@@ -172,11 +181,19 @@ impl Policies {
             .for_each(|approval| until(approval.expires_unix_s));
         let mut claims = |claims: Option<&VerifiedClaims>, host: &Identity, role| {
             let claims = claims?;
-            if let Some(reason) = judge_claims(claims, host, role, &wish, now_unix_s) {
+            let is_kept = request.under_way && role == Role::Source;
+            let at_unix_s = if is_kept {
+                claims.verified_unix_s()
+            } else {
+                now_unix_s
+            };
+            if let Some(reason) = judge_claims(claims, host, role, &wish, at_unix_s) {
                 reasons.push(reason);
                 return None;
             }
-            until(claims.expires_unix_s());
+            if !is_kept {
+                until(claims.expires_unix_s());
+            }
             let demands = request
                 .passport
                 .and_then(|passport| passport.attestation.as_ref());

@@ -257,6 +257,7 @@ impl World {
             approvals: &[],
             source_claims: None,
             target_claims: Some(&self.target_claims),
+            under_way: false,
             now_unix_s: NOW,
         }
     }

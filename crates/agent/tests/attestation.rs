@@ -235,10 +235,10 @@ fn a_key_that_was_not_enrolled_is_refused_even_from_the_same_tpm() {
         .verify(&question, &beta.evidence(&question), 0)
         .unwrap_err();
     assert_eq!(error.code(), "evidence-quote", "{error}");
-    // A key of another TPM is not even loaded.
+    // A key of another TPM is not even loaded; the agent starts all the same.
     let gamma = Host::new("gamma");
     fs::write(beta.dir.path().join(KEY_FILE), gamma.key().to_bytes()).unwrap();
-    let error = Attester::open(&beta.config(), beta.dir.path()).unwrap_err();
+    let error = beta.attester().evidence(&question, state()).unwrap_err();
     assert_eq!(error.code(), "tpm-foreign", "{error}");
 }
 

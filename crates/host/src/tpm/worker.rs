@@ -34,7 +34,7 @@ use super::{Endorsement, EndorsementKind, KeyBlob, Quoted, Sealed, TpmError};
 /// A TPM that serves one program at a time is let go of after so long without a question.
 const IDLE: Duration = Duration::from_secs(2);
 /// A question that takes longer than this counts as hanging: others are not made to wait behind it.
-const HANGS: Duration = Duration::from_secs(10);
+const HANGS: Duration = super::QUICK;
 /// Longest wait for the thread to unload what it has loaded.
 const ENDS: Duration = Duration::from_secs(2);
 /// How often a quote is tried while registers change.

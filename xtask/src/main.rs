@@ -57,7 +57,7 @@ enum Task {
     },
     /// Measure side by side
     Bench {
-        /// What to measure, `peers` or `strategies`, and its options
+        /// What to measure, `peers`, `strategies` or `trust`, and its options
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         what: Vec<String>,
     },

@@ -21,8 +21,9 @@ use uuid::Uuid;
 /// A host with a TPM.
 struct Host {
     name: Identity,
-    dir: tempfile::TempDir,
+    /// Ended before the directory goes in which its process is named: fields are dropped in order.
     tpm: Swtpm,
+    dir: tempfile::TempDir,
 }
 
 const PCRS: u32 = 1 | 1 << 7;

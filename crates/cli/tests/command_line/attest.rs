@@ -12,8 +12,9 @@ const HOST: &str = "spiffe://example.org/host/beta";
 
 /// A host with a TPM that its manufacturer has certified, and a provider's desk.
 struct Desk {
-    dir: tempfile::TempDir,
+    /// Ended before the directory goes in which its process is named: fields are dropped in order.
     tpm: Swtpm,
+    dir: tempfile::TempDir,
 }
 
 impl Desk {

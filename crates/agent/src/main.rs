@@ -7,6 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::thread;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
@@ -257,6 +258,11 @@ fn run(arguments: &Arguments) -> Result<()> {
     agent.remember_checks();
     recovery::recover(&agent).context("the state of this host cannot be recovered")?;
     listener::start(&agent, socket);
+    let warming = Arc::clone(&agent);
+    thread::Builder::new()
+        .name("evidence".to_owned())
+        .spawn(move || warming.gate.warm())
+        .context("no thread for the TPM")?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

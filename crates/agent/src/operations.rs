@@ -30,7 +30,7 @@ use crate::agent::{Agent, Entry};
 use crate::chain::chain;
 use crate::challenge;
 use crate::fail_point::fail_point;
-use crate::gate::{Adoption, Caller, Leaving, Subject, Turn};
+use crate::gate::{Adoption, Caller, Ending, Leaving, Subject, Turn};
 use crate::source_session::{SourceEvent, SourceParams};
 use crate::store::StoredVm;
 use crate::tracked::{Session, info_of};
@@ -560,7 +560,7 @@ impl Agent {
     /// There is none, a gate refuses, it has ended with the VM lost, or its session does not answer.
     pub fn abort_migration(&self, id: Uuid, caller: Caller) -> Answer<AbortAnswer> {
         let tracked = self.tracked(id)?;
-        self.clear_ending(caller, &tracked.info(), false)?;
+        self.clear_ending(caller, &tracked.info(), Ending::Abort)?;
         let reason = Reason::new("operator", "aborted by the operator");
         let disposition = match tracked.session() {
             None => None,
@@ -635,8 +635,11 @@ impl Agent {
             ));
         }
         if let Some(assertion) = request.assert {
-            let erases = assertion == OperatorAssertion::DestinationRunsIt;
-            self.clear_ending(caller, &info, erases)?;
+            let how = match assertion {
+                OperatorAssertion::DestinationLostIt => Ending::TakeBack,
+                OperatorAssertion::DestinationRunsIt => Ending::GiveUp,
+            };
+            self.clear_ending(caller, &info, how)?;
         }
         let event = match request.assert {
             None => SourceEvent::Redial,

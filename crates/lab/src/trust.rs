@@ -227,6 +227,21 @@ impl JudgingRig {
         Ok(out)
     }
 
+    /// Gives the owner another key, in which no passport until now was signed. It counts from an agent's next start, or
+    /// [`Host::reload_agent`].
+    ///
+    /// # Errors
+    ///
+    /// If it is refused.
+    pub fn replace_owner_key(&self) -> Result<()> {
+        let dir = self.rig.dir().join("other-keys");
+        let shown = dir.display().to_string();
+        let acme = identity("owner", "acme");
+        palanquin(&["passport", "keygen", &acme, "--out", &shown])?.expect_status(0)?;
+        fs::copy(dir.join("acme.pub"), self.owner.join("acme.pub"))?;
+        Ok(())
+    }
+
     /// Signs as bob that the VM may move from one host to the other; gives the file.
     ///
     /// # Errors

@@ -313,6 +313,34 @@ fn policies_that_are_edited_during_the_copy_decide_before_the_commit() -> Result
 }
 
 #[test]
+fn an_abort_is_possible_also_where_the_passport_is_not_believed_any_more() -> Result<()> {
+    let judging = with_guest(&GuestSpec::small("orphaned").filled(64))?;
+    let rig = &judging.rig;
+    let (running, id) = rig.begin_slow_migration("orphaned", 0, 1)?;
+    judging.replace_owner_key()?;
+    rig.hosts[0].reload_agent();
+    wait_reloaded(&rig.hosts[0])?;
+    // Nothing else is.
+    let told = rig.hosts[0]
+        .palanquin(&["vm", "stop", "orphaned"])?
+        .expect_status(REFUSED)?;
+    refused_by(&told, Side::Source, "passport", "key-unknown")?;
+    rig.hosts[0]
+        .palanquin(&["migration", "abort", &id.to_string()])?
+        .expect_status(0)?;
+    running.finish(LONG)?;
+    let all = decisions(&rig.hosts[0])?;
+    let abort = all.iter().find(|decision| decision.action == "abort");
+    let abort = abort.context("the abort is not journaled")?;
+    ensure!(
+        abort.permitted && abort.permitted_by.is_empty() && abort.reasons.len() == 1,
+        "{abort:?}"
+    );
+    rig.check_lives_once("orphaned", 0)?;
+    Ok(())
+}
+
+#[test]
 fn a_flood_of_migrations_is_stopped_by_quotas() -> Result<()> {
     let mut judging = with_guest(&GuestSpec::small("first").filled(64))?;
     let other = Uuid::from_u128(2);

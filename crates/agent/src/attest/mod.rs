@@ -172,7 +172,7 @@ impl Attester {
     ///
     /// # Errors
     ///
-    /// The key cannot be read, or what is named is no TPM. Of one that does not answer only the log speaks.
+    /// The key cannot be read, or what is named is no TPM. It is not asked for anything yet.
     pub fn open(config: &Attestation, state_dir: &Path) -> Result<Self, AttestError> {
         let Some(name) = &config.tpm else {
             return Ok(Self::none());
@@ -183,14 +183,6 @@ impl Attester {
             .unwrap_or_else(|| state_dir.join(KEY_FILE));
         let key = KeyBlob::from_bytes(&read(&path, KEY_MAX)?)?;
         let tpm = Tpm::later(name)?;
-        if let Err(error) = tpm.warm(&key) {
-            // What runs here has to be recovered all the same; whoever wants evidence refuses meanwhile.
-            let problem = crate::chain::chain(&error);
-            tracing::error!(
-                problem,
-                "this host's TPM does not answer: there is no evidence until it does"
-            );
-        }
         Ok(Self(Some(Own {
             tpm,
             key,

@@ -222,6 +222,19 @@ impl Gatekeeper {
         }
     }
 
+    /// Makes the TPM ready, so that the first evidence takes no longer than others. That may take long, and is no reason
+    /// for anybody to wait: what runs here has to be recovered also where the TPM does not answer.
+    pub fn warm(&self) {
+        let warmed = self.showing().map(|showing| showing.attester.warm());
+        if let Some(Err(error)) = warmed {
+            let problem = chain(&error);
+            error!(
+                problem,
+                "this host's TPM does not answer: there is no evidence until it does"
+            );
+        }
+    }
+
     /// Whether this host has something to show, so that making it takes time.
     pub fn shows_something(&self) -> bool {
         self.showing()

@@ -196,6 +196,20 @@ impl Agent {
         });
     }
 
+    /// Notes that something was done although it could not be judged, and why it could not.
+    pub(super) fn note_excused(&self, subject: &Subject<'_>, reason: &Reason) {
+        warn!(
+            action = %subject.action,
+            operator = subject.operator,
+            reason = reason.message,
+            "excused from being judged"
+        );
+        self.note_decision(GateDecision {
+            permitted: true,
+            ..refused_early(subject, std::slice::from_ref(reason), self.unix_s())
+        });
+    }
+
     /// Makes what was decided durable; false if it is not, or nothing was.
     pub(super) fn note_clearance(
         &self,

@@ -4,7 +4,6 @@ use palanquin_api::control::MigrationInfo;
 use palanquin_engine::{MigrationId, VmId};
 use palanquin_trust::decision::{Action, Reason};
 use palanquin_trust::{Identity, Kind, Passport, Sha256, Verified};
-use tracing::warn;
 use uuid::Uuid;
 
 use super::journal::Subject;
@@ -22,6 +21,31 @@ impl Caller {
     /// As it is journaled where it is no operator.
     pub fn local_user(self) -> String {
         format!("local user {}", self.uid)
+    }
+}
+
+/// How an operator's word ends a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Before the commit: the VM stays where it is.
+    Abort,
+    /// In doubt: it is said that the destination has lost the VM. Where that is wrong it runs twice.
+    TakeBack,
+    /// In doubt: it is said that the destination runs the VM. Where that is wrong it is lost.
+    GiveUp,
+}
+
+impl Ending {
+    fn action(self) -> Action {
+        match self {
+            Self::Abort | Self::TakeBack => Action::Abort,
+            Self::GiveUp => Action::Erase,
+        }
+    }
+
+    /// Whether nobody can lose by it: then it must not be held up for want of a document or of room in the journal.
+    fn is_harmless(self) -> bool {
+        self == Self::Abort
     }
 }
 
@@ -147,13 +171,15 @@ impl Agent {
         }
     }
 
-    /// Judges whether something that moves nothing may be done to a VM.
+    /// Judges whether something that moves nothing may be done to a VM. What is harmless needs an operator, and is excused
+    /// where the VM's passport is not to be had.
     fn clear_here(
         &self,
         caller: Caller,
         ask: impl FnOnce() -> Ask,
         migration: Option<MigrationId>,
         what: &str,
+        is_harmless: bool,
     ) -> Answer<()> {
         let Some(books) = self.gate.books() else {
             return Ok(());
@@ -163,14 +189,15 @@ impl Agent {
         let operator = self.operator_of(caller, action, Some(vm), what)?;
         let operator = operator.ok_or_else(judges_nothing)?;
         let shown = operator.to_string();
+        let subject = Subject {
+            action,
+            operator: &shown,
+            vm: Some(vm),
+            migration,
+        };
         let passport = self.passport_of(&books, vm);
-        if let (Action::Abort, Err(reason)) = (action, &passport) {
-            // The VM stays where it is, and must not be held in a migration for want of a document.
-            warn!(
-                operator = shown,
-                reason = reason.message,
-                "aborted without a passport"
-            );
+        if let (true, Err(reason)) = (is_harmless, &passport) {
+            self.note_excused(&subject, reason);
             return Ok(());
         }
         let judged = passport
@@ -186,17 +213,8 @@ impl Agent {
                     self.unix_s(),
                 )
             });
-        let cleared = judged.map_err(|refused| {
-            let subject = Subject {
-                action,
-                operator: &shown,
-                vm: Some(vm),
-                migration,
-            };
-            self.refused_here(&subject, &refused, what)
-        })?;
-        // A full disk must not stop an abort either.
-        if self.note_clearance(&cleared, migration) || action == Action::Abort {
+        let cleared = judged.map_err(|refused| self.refused_here(&subject, &refused, what))?;
+        if self.note_clearance(&cleared, migration) || is_harmless {
             Ok(())
         } else {
             Err(not_journaled())
@@ -210,16 +228,15 @@ impl Agent {
     /// A gate refuses.
     pub fn clear_erasure(&self, caller: Caller, vm: Uuid, name: &str) -> Answer<()> {
         let ask = || Ask::here(Action::Erase, vm, self.gate.host());
-        self.clear_here(caller, ask, None, &format!("ending VM {name:?}"))
+        self.clear_here(caller, ask, None, &format!("ending VM {name:?}"), false)
     }
 
-    /// Judges whether a migration may be ended, or decided by an operator's word: `erases` where that gives the VM up here.
+    /// Judges whether a migration may be ended by an operator's word.
     ///
     /// # Errors
     ///
     /// A gate refuses.
-    pub fn clear_ending(&self, caller: Caller, info: &MigrationInfo, erases: bool) -> Answer<()> {
-        let action = if erases { Action::Erase } else { Action::Abort };
+    pub fn clear_ending(&self, caller: Caller, info: &MigrationInfo, how: Ending) -> Answer<()> {
         let host = |name: &str| {
             let domain = self.gate.host().trust_domain();
             Identity::new(domain, Kind::Host, name).unwrap_or_else(|_| self.gate.host().clone())
@@ -227,9 +244,23 @@ impl Agent {
         let ask = || Ask {
             source: host(&info.from),
             target: host(&info.to),
-            ..Ask::here(action, info.vm_uuid, self.gate.host())
+            ..Ask::here(how.action(), info.vm_uuid, self.gate.host())
         };
         let migration = Some(MigrationId(*info.id.as_bytes()));
-        self.clear_here(caller, ask, migration, "ending the migration")
+        let what = "ending the migration";
+        self.clear_here(caller, ask, migration, what, how.is_harmless())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_leaves_the_vm_where_it_is_does_without_a_passport() {
+        assert!(Ending::Abort.is_harmless());
+        assert!(!Ending::TakeBack.is_harmless() && !Ending::GiveUp.is_harmless());
+        assert_eq!(Ending::TakeBack.action(), Action::Abort);
+        assert_eq!(Ending::GiveUp.action(), Action::Erase);
     }
 }

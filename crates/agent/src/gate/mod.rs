@@ -19,7 +19,7 @@ pub use self::evidence::Question;
 pub(crate) use self::evidence::told_state;
 pub use self::journal::{Refusal, api_blockers, refusal, wire_blockers};
 pub(crate) use self::journal::{Subject, gate_of, told_reason};
-pub use self::local::Adoption;
+pub use self::local::{Adoption, Ending};
 pub use self::quota::{Leaving, Quotas, Turn};
 pub use self::signer::HostSigner;
 pub use self::source::{OutClearance, encoded};

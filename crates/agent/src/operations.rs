@@ -101,6 +101,7 @@ impl Agent {
             } else {
                 redial + 2 * silence
             },
+            copying: self.config.limits.copying.get(),
             ..Timing::default()
         }
     }

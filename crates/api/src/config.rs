@@ -340,6 +340,13 @@ impl AgentConfig {
             format!("{redial} is out of bounds"),
             "at most 1h; 0s: never",
         );
+        let copying = limits.copying;
+        rules.check(
+            (60_000..=720 * 3_600_000).contains(&copying.as_millis()),
+            "limits.copying",
+            format!("{copying} is out of bounds"),
+            "1min to 720h",
+        );
         for (key, size, min, max, hint) in [
             (
                 "limits.device-state",
@@ -456,6 +463,9 @@ pub struct Limits {
     /// How long a migration whose connection broke before its VM was paused is kept for the connection to be made again,
     /// at the source; at the destination longer by twice `peer-silence`. At most 1 h, 0 for not at all, default 30 s.
     pub redial: HumanDuration,
+    /// How long a place is held here for a VM whose memory still arrives; then its migration is given up, and it runs on
+    /// where it is. Not from its pause on. 1 min to 720 h, default 24 h.
+    pub copying: HumanDuration,
     /// Connections whose other end has not authenticated itself, and, apart from those, connections of hosts that belong
     /// to no migration. Where one more comes, the oldest of whoever has most is closed. 16 to 4096, default 256.
     pub max_pending: u32,
@@ -483,6 +493,7 @@ impl Default for Limits {
             device_state: ByteSize::mib(256),
             peer_silence: HumanDuration::from_secs(10),
             redial: HumanDuration::from_secs(30),
+            copying: HumanDuration::from_secs(24 * 3600),
             max_pending: 256,
             max_pending_per_address: 64,
             max_pending_per_host: 64,
@@ -652,6 +663,7 @@ mod tests {
             peers in prop::collection::btree_map("[a-z][a-z0-9]{0,8}", 1_u16.., 0..4),
             (max_inbound, max_outbound) in (1_u32..=64, 1_u32..=64),
             (silence, redial, reserve) in (1_u64..=300, 0_u64..=3600, 0_u64..1 << 40),
+            copying in 60_u64..=720 * 3600,
         ) {
             let mut config = AgentConfig::from_toml(GOOD).unwrap();
             config.name = name;
@@ -665,6 +677,7 @@ mod tests {
                 memory_reserve: ByteSize::new(reserve),
                 peer_silence: HumanDuration::from_secs(silence),
                 redial: HumanDuration::from_secs(redial),
+                copying: HumanDuration::from_secs(copying),
                 ..Limits::default()
             };
             let text = toml::to_string(&config).unwrap();

@@ -60,6 +60,10 @@ pub struct Timing {
     /// How long a destination whose connection broke while it receives keeps what has arrived; zero: not at all. Longer
     /// than `redial` by the time that either side may take to notice. Default 50 s.
     pub rejoin: Duration,
+    /// How long a destination holds a place for a VM that is still being copied, from its offer on, whatever its source
+    /// says meanwhile; then it gives the migration up. From the challenge before the pause on it is four times
+    /// `switchover` instead, until the commit. Default 24 h.
+    pub copying: Duration,
 }
 
 impl Default for Timing {
@@ -73,6 +77,7 @@ impl Default for Timing {
             redial_max: Duration::from_secs(5),
             redial: Duration::from_secs(30),
             rejoin: Duration::from_secs(50),
+            copying: Duration::from_secs(24 * 3600),
         }
     }
 }

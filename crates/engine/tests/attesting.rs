@@ -366,3 +366,82 @@ fn a_source_that_was_about_to_pause_the_vm_does_not_come_back() {
     before.pump();
     assert!(before.destination.is_waiting_for_source());
 }
+
+impl Play {
+    /// All of the switchover until the source may commit.
+    fn until_ready(&mut self) {
+        self.hears(Message::Challenge(common::LAST_CHALLENGE));
+        let attest = self.attest.take().expect("asked for");
+        self.done(attest, DestinationDone::Attested(Vec::new()));
+        self.delivered();
+        let load = self.load.take().expect("loads");
+        self.done(load, DestinationDone::Done);
+        let root = self.root.take().expect("a root");
+        self.done(root, DestinationDone::Root(ROOT));
+        assert!(self.ready().is_some());
+    }
+
+    /// The source says that it is there, until it is over or nothing is due any more; returns how long it lasted.
+    fn stays(&mut self, most: Duration) -> Duration {
+        let began = self.now;
+        while self.ending.is_none() && self.now - began < most {
+            let next = self.destination.poll_timeout().expect("a deadline");
+            self.now = next.max(self.now);
+            self.destination.handle_message(self.now, Message::Ping);
+            self.destination.handle_timeout(self.now);
+            self.pump();
+        }
+        self.now - began
+    }
+}
+
+#[test]
+fn a_source_that_copies_for_ever_loses_its_place() {
+    let mut play = Play::receiving();
+    let copying = Timing::default().copying;
+    assert_eq!(play.stays(copying * 2), copying);
+    assert_eq!(play.why(), ("copied-too-long", true));
+}
+
+#[test]
+fn the_time_for_copying_goes_on_while_a_source_is_away_and_does_not_begin_anew() {
+    let mut play = Play::receiving();
+    let copying = Timing::default().copying;
+    play.stays(copying / 2);
+    let reason = Reason::new("connection-lost", "cut");
+    play.destination.handle_connection_lost(play.now, reason);
+    play.pump();
+    assert!(
+        play.destination
+            .handle_query(play.now, StreamSecret([1; 32]))
+    );
+    play.pump();
+    play.stays(copying * 2);
+    assert_eq!(play.why(), ("copied-too-long", true));
+    assert_eq!(play.now - Time::default(), copying);
+}
+
+#[test]
+fn a_source_that_never_commits_loses_its_place_sooner() {
+    let mut play = Play::receiving();
+    play.stays(Timing::default().copying / 2);
+    let began = play.now;
+    play.until_ready();
+    play.stays(Timing::default().copying);
+    assert_eq!(play.why(), ("timeout", true));
+    assert_eq!(play.now - began, Timing::default().switchover * 4);
+}
+
+#[test]
+fn a_committed_vm_is_not_given_up_by_any_deadline() {
+    let mut play = Play::receiving();
+    play.until_ready();
+    let epoch = play.destination.commit_epoch().expect("an epoch");
+    play.hears(Message::Commit(epoch));
+    play.stays(Timing::default().copying * 2);
+    assert!(
+        !matches!(play.ending, Some(DestinationEnding::Discarded(_))),
+        "{:?}",
+        play.ending
+    );
+}

@@ -57,6 +57,8 @@ pub struct Destination {
     rounds: u32,
     live: Option<Liveness>,
     deadline: Option<Time>,
+    /// When its patience with a source ends that says it is there and comes to no commit.
+    held_until: Option<Time>,
     reason: Option<Reason>,
     blockers: Vec<WireBlocker>,
     refused_in_words: bool,
@@ -93,6 +95,7 @@ impl Destination {
             rounds: 0,
             live,
             deadline,
+            held_until: None,
             reason: None,
             blockers: Vec::new(),
             refused_in_words: false,
@@ -204,7 +207,7 @@ impl Destination {
             return None;
         }
         let live = self.live.as_ref().map(Liveness::next);
-        [self.deadline, self.resume_at, live]
+        [self.deadline, self.resume_at, self.held_until, live]
             .into_iter()
             .flatten()
             .min()
@@ -221,6 +224,10 @@ impl Destination {
                     self.handle_connection_lost(now, Reason::new("peer-silent", what));
                 }
             }
+        }
+        if self.held_until.is_some_and(|until| now >= until) {
+            self.held_until = None;
+            self.end_holding(now);
         }
         if self.resume_at.is_some_and(|at| now >= at) {
             self.resume_at = None;
@@ -372,6 +379,7 @@ impl Destination {
             }
             (State::AwaitOffer, Message::Offer(offer)) => {
                 self.deadline = Some(now + self.config.timing.handshake);
+                self.held_until = Some(now + self.config.timing.copying);
                 self.order = Some(offer.order.clone());
                 match RamLayout::new(offer.region_pages.clone()) {
                     Ok(layout) => self.layout = Some(layout),
@@ -446,6 +454,7 @@ impl Destination {
                 };
                 let op = self.journal(record);
                 self.may_be_owned = true;
+                self.held_until = None;
                 self.state = State::Owning(op);
             }
             (State::Pulling | State::Rejoining(_), Message::Abort(reason)) => {

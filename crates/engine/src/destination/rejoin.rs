@@ -1,6 +1,6 @@
 //! The connection broke while pages arrived: they are kept for a while, and only the source that sends them may go on.
 
-use super::{Attest, Destination, DestinationAction, Load, State};
+use super::{Attest, Destination, DestinationAction, DestinationPhase, Load, State};
 use crate::ids::StreamSecret;
 use crate::message::{Message, Reason, Rejoin, Verdict};
 use crate::time::{Liveness, Time};
@@ -8,7 +8,12 @@ use crate::time::{Liveness, Time};
 impl Destination {
     /// Whether the source may go on here on another connection. Not from the pause on: it turns back then.
     pub(super) fn may_rejoin(&self) -> bool {
-        let copies = matches!(
+        self.is_before_pause() && !self.config.timing.rejoin.is_zero()
+    }
+
+    /// Whether pages arrive, or would if its source were there, of a VM that is not about to pause.
+    fn is_before_pause(&self) -> bool {
+        matches!(
             self.state,
             State::Receiving {
                 drained: None,
@@ -20,8 +25,7 @@ impl Destination {
                 ..
             } | State::AwaitRejoin { .. }
                 | State::Reopening { .. }
-        );
-        copies && !self.config.timing.rejoin.is_zero()
+        )
     }
 
     /// Whether it waits for its source to come back.
@@ -85,6 +89,22 @@ impl Destination {
             seal: None,
         };
         self.send(now, Message::StreamsReady);
+    }
+
+    /// The source is there, and comes to no end. Of its own accord it would have given up long before.
+    pub(super) fn end_holding(&mut self, now: Time) {
+        let is_reserving = self.phase() == DestinationPhase::Reserving;
+        let reason = if is_reserving || self.is_before_pause() {
+            let copying = self.config.timing.copying.as_secs();
+            let what = format!(
+                "the copy has taken {copying} s, longer than this host holds a place for one"
+            );
+            Reason::new("copied-too-long", what)
+        } else {
+            let what = "the source began to pause the VM and did not commit in time";
+            Reason::new("timeout", what)
+        };
+        self.discard(now, reason);
     }
 
     /// Why a migration ends whose source did not come back.

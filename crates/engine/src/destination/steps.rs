@@ -22,6 +22,7 @@ impl Destination {
             rounds,
             live,
             deadline,
+            held_until,
             reason: _,
             blockers: _,
             refused_in_words,
@@ -38,7 +39,8 @@ impl Destination {
         } = self;
         debug_assert!(actions.is_empty(), "actions decide too");
         (state, next_op, order, layout, streams, rounds).hash(hasher);
-        (live, deadline, refused_in_words, container_gone, root).hash(hasher);
+        (live, deadline, held_until).hash(hasher);
+        (refused_in_words, container_gone, root).hash(hasher);
         (post_copy_ready, post_copy, complete).hash(hasher);
         (resuming, resume_at, pages_lost, may_be_owned, challenge).hash(hasher);
     }
@@ -168,6 +170,7 @@ impl Destination {
             Some(order) if self.may_be_owned => {
                 let op = self.journal(DestinationRecord::Reserved(order));
                 self.deadline = None;
+                self.held_until = None;
                 self.state = State::GivingBack(Some(op));
             }
             _ => self.remove(),
@@ -177,6 +180,7 @@ impl Destination {
     pub(super) fn remove(&mut self) {
         let op = self.op();
         self.deadline = None;
+        self.held_until = None;
         self.state = State::Terminating { op };
         self.actions.push_back(DestinationAction::Terminate(op));
     }
@@ -189,6 +193,7 @@ impl Destination {
 
     pub(super) fn finish(&mut self, ending: DestinationEnding) {
         self.deadline = None;
+        self.held_until = None;
         self.resume_at = None;
         self.live = None;
         self.state = State::Ended;

@@ -432,6 +432,8 @@ fn timing() -> Timing {
         redial: NEVER,
         // To be told apart from zero, which is none at all.
         rejoin: Duration::from_micros(1),
+        // That it gives up is what the loss of its container does, too.
+        copying: NEVER,
     }
 }
 

@@ -163,6 +163,8 @@ struct World {
     limits: Limits,
     /// How long the source dials again, and times that this worked.
     redial: Duration,
+    /// How long the destination is patient with one that copies.
+    copying: Duration,
     rejoined: u32,
     post_copy_possible: bool,
     /// Longest time between two writes of the guest.
@@ -309,10 +311,16 @@ impl World {
             1 | 2 => Duration::from_secs(1),
             _ => Timing::default().redial,
         };
+        let copying = if random.one_in(16) {
+            Duration::from_millis(50 + random.below(2000))
+        } else {
+            Timing::default().copying
+        };
         let trust = Trust::new(&mut random);
         Self {
             trust,
             redial,
+            copying,
             rejoined: 0,
             strategy,
             limits: Limits {
@@ -424,6 +432,7 @@ impl World {
             redial: self.redial,
             // Also shorter than the source's patience.
             rejoin: self.redial * 2 / 3,
+            copying: self.copying,
             ..Timing::default()
         }
     }

@@ -40,6 +40,8 @@ impl Qemu {
     ) -> Result<Self> {
         fs::create_dir_all(dir)?;
         let _ = fs::remove_file(dir.join("qmp"));
+        // What another guest said here must not pass for this one's.
+        let _ = fs::remove_file(dir.join("console.log"));
         command.args(arguments.into_iter().map(Into::into));
         command.args(["-nodefaults", "-no-reboot", "-display", "none", "-serial"]);
         command.arg(format!("file:{}", dir.join("console.log").display()));

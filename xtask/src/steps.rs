@@ -142,8 +142,14 @@ fn licences() -> Result<()> {
                 .arg(&tools),
         )?;
     }
-    programs::visible(programs::program(deny).args(["check", "bans", "licenses", "sources"]))
-        .context("a dependency breaks deny.toml")
+    // The fuzz targets are a workspace of their own.
+    for manifest in ["Cargo.toml", "fuzz/Cargo.toml"] {
+        let mut deny = programs::program(&deny);
+        deny.args(["--manifest-path", manifest, "check"]);
+        programs::visible(deny.args(["bans", "licenses", "sources"]))
+            .with_context(|| format!("a dependency of {manifest} breaks deny.toml"))?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -1,0 +1,241 @@
+//! What holds whatever is observed.
+#![forbid(unsafe_code)]
+
+use palanquin_watch::{
+    Calibration, FINDINGS_MAX, Finding, Level, Observation, ObservationError, PENDING_MAX, Reading,
+    Role, TARGETS_MAX, TIME_US_MAX, TargetError, Watcher,
+};
+use proptest::prelude::*;
+
+/// A detector that takes almost everything for something.
+fn nervous() -> Calibration {
+    let mut calibration = Calibration::built_in();
+    for of in [
+        &mut calibration.rise,
+        &mut calibration.silence,
+        &mut calibration.clock,
+    ] {
+        (of.weak, of.clear, of.strong) = (0.5, 1.0, 2.0);
+    }
+    calibration.alarm_score = -100.0;
+    calibration.full_curve = [(0.0, 0.9); 10];
+    calibration
+}
+
+fn check(finding: &Finding) {
+    assert!((0.0..=1.0).contains(&finding.likelihood));
+    assert!(finding.score.is_finite());
+    assert!(finding.onset_s <= finding.time_s);
+    assert!(
+        finding
+            .ended_s
+            .is_none_or(|ended_s| ended_s <= finding.time_s)
+    );
+    assert!(finding.level < Level::Alarm || finding.break_s.is_some());
+    for evidence in &finding.evidence {
+        assert!(evidence.value.is_finite() && evidence.log_likelihood_ratio.is_finite());
+        assert!(evidence.channel.symbols().contains(&evidence.seen));
+    }
+}
+
+fn absurd() -> impl Strategy<Value = f64> {
+    prop_oneof![
+        4 => 0.0..50.0_f64,
+        1 => any::<f64>(),
+        1 => Just(f64::NAN),
+        1 => Just(f64::INFINITY),
+        1 => Just(-0.0),
+        1 => Just(f64::MIN_POSITIVE),
+        1 => Just(4.3e12),
+    ]
+}
+
+fn reading() -> impl Strategy<Value = Reading> {
+    prop_oneof![
+        6 => absurd().prop_map(|ms| Reading::Rtt { ms }),
+        3 => Just(Reading::Lost),
+        2 => absurd().prop_map(|ms| Reading::NtpOffset { ms }),
+        2 => absurd().prop_map(|ms| Reading::IcmpOffset { ms: -ms }),
+        1 => any::<u8>().prop_map(|hops| Reading::Ttl { hops }),
+        1 => Just(Reading::Announced),
+    ]
+}
+
+/// Steps of time in microseconds, some backwards and some very far.
+fn step() -> impl Strategy<Value = i64> {
+    prop_oneof![
+        20 => 0..800_000_i64,
+        4 => -1_500_000..0_i64,
+        1 => -100_000_000..1_000_000_000_000_i64,
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn whatever_is_observed_is_judged_or_refused(
+        steps in prop::collection::vec((step(), 0..4_usize, reading()), 1..1500),
+        stall in any::<bool>(),
+    ) {
+        let mut watcher = Watcher::new(nervous());
+        let targets: Vec<_> = (0..4)
+            .map(|number| {
+                let role = if number == 3 { Role::Host } else { Role::Vm };
+                watcher.add(&format!("t{number}"), role).unwrap()
+            })
+            .collect();
+        let (mut now, mut found) = (1_000_000_000_i64, 0);
+        for (step, target, reading) in steps {
+            now = now.saturating_add(step).max(0);
+            let sent_us = now as u64;
+            let answer = watcher.observe(Observation { sent_us, target: targets[target], reading });
+            match (answer, reading) {
+                (Ok(()), Reading::Rtt { ms }) => prop_assert!(ms >= 0.0 && ms.is_finite()),
+                (Ok(()), Reading::NtpOffset { ms } | Reading::IcmpOffset { ms }) => {
+                    prop_assert!(ms.is_finite());
+                }
+                (Ok(()), _) => {}
+                (Err(ObservationError::TooLate { sent_us, closed_us }), _) => {
+                    prop_assert!(sent_us < closed_us);
+                }
+                (Err(_), _) => {}
+            }
+            if stall && step > 700_000 {
+                watcher.stalled(sent_us.saturating_sub(300_000), sent_us);
+            }
+            while let Some(finding) = watcher.poll() {
+                check(&finding);
+                prop_assert_ne!(&finding.target, "t3");
+                found += 1;
+            }
+        }
+        watcher.finish();
+        while let Some(finding) = watcher.poll() {
+            check(&finding);
+            found += 1;
+        }
+        prop_assert_eq!(watcher.dropped(), 0);
+        prop_assert!(found < 100_000);
+    }
+
+    #[test]
+    fn the_order_of_answers_within_their_time_changes_nothing(seed in any::<u64>()) {
+        let mut chance = palanquin_watch::synthetic::Chance::new(seed);
+        let mut readings: Vec<(u64, u64, Reading)> = (0..400_u64)
+            .map(|at| {
+                let sent_us = 50_000_000 + at * 500_000;
+                let reading = if chance.happens(0.02) || (300..306).contains(&at) {
+                    Reading::Lost
+                } else {
+                    Reading::Rtt { ms: 1.0 + chance.waiting() }
+                };
+                // Losses are known only after a while.
+                let known_us = sent_us + if reading == Reading::Lost { 990_000 } else { 2000 };
+                (known_us, sent_us, reading)
+            })
+            .collect();
+        let run = |readings: &[(u64, u64, Reading)]| {
+            let mut watcher = Watcher::new(nervous());
+            let target = watcher.add("vm", Role::Vm).unwrap();
+            for (_, sent_us, reading) in readings {
+                let observation = Observation { sent_us: *sent_us, target, reading: *reading };
+                watcher.observe(observation).unwrap();
+            }
+            watcher.finish();
+            std::iter::from_fn(|| watcher.poll()).collect::<Vec<_>>()
+        };
+        let in_order = run(&readings);
+        readings.sort_by_key(|(known_us, _, _)| *known_us);
+        prop_assert_eq!(run(&readings), in_order);
+    }
+}
+
+#[test]
+fn what_is_not_judged_yet_is_bounded() {
+    let mut watcher = Watcher::new(nervous());
+    let target = watcher.add("vm", Role::Vm).unwrap();
+    let observation = |sent_us| Observation {
+        sent_us,
+        target,
+        reading: Reading::Lost,
+    };
+    for at in 0..PENDING_MAX as u64 {
+        watcher.observe(observation(5_000_000 + at)).unwrap();
+    }
+    let refused = watcher.observe(observation(5_999_999));
+    assert_eq!(refused, Err(ObservationError::TooMany));
+    watcher.advance(10_000_000).unwrap();
+    assert_eq!(watcher.observe(observation(11_000_000)), Ok(()));
+}
+
+#[test]
+fn targets_are_named_once_and_bounded() {
+    let mut watcher = Watcher::new(nervous());
+    for number in 0..TARGETS_MAX {
+        watcher.add(&number.to_string(), Role::Vm).unwrap();
+    }
+    assert_eq!(
+        watcher.add("1", Role::Vm),
+        Err(TargetError::Taken("1".to_owned()))
+    );
+    assert_eq!(watcher.add("more", Role::Vm), Err(TargetError::TooMany));
+    for name in ["", "a\nb", &"x".repeat(200)] {
+        assert_eq!(
+            Watcher::new(nervous()).add(name, Role::Vm),
+            Err(TargetError::Name)
+        );
+    }
+}
+
+#[test]
+fn a_time_beyond_all_times_is_refused_and_years_of_silence_cost_nothing() {
+    let mut watcher = Watcher::new(nervous());
+    let target = watcher.add("vm", Role::Vm).unwrap();
+    let lost = |sent_us| Observation {
+        sent_us,
+        target,
+        reading: Reading::Lost,
+    };
+    assert_eq!(
+        watcher.observe(lost(TIME_US_MAX + 1)),
+        Err(ObservationError::Time(TIME_US_MAX + 1))
+    );
+    assert!(watcher.advance(u64::MAX).is_err());
+    watcher.observe(lost(0)).unwrap();
+    // 300 years: second by second that would take minutes.
+    watcher.observe(lost(TIME_US_MAX)).unwrap();
+    watcher.finish();
+    let late = watcher.observe(lost(TIME_US_MAX / 2)).unwrap_err();
+    assert!(matches!(late, ObservationError::TooLate { .. }));
+}
+
+#[test]
+fn findings_that_nobody_takes_are_counted() {
+    let mut watcher = Watcher::new(nervous());
+    let target = watcher.add("vm", Role::Vm).unwrap();
+    // Announcements and silences far apart: each an episode of its own, told when it is over.
+    for at in 0..FINDINGS_MAX as u64 + 50 {
+        let start_us = at * 200_000_000;
+        for (after_us, reading) in [
+            (0, Reading::Rtt { ms: 1.0 }),
+            (500_000, Reading::Lost),
+            (1_000_000, Reading::Lost),
+            (1_500_000, Reading::Rtt { ms: 1.0 }),
+            (1_600_000, Reading::Announced),
+        ] {
+            let sent_us = start_us + after_us;
+            watcher
+                .observe(Observation {
+                    sent_us,
+                    target,
+                    reading,
+                })
+                .unwrap();
+        }
+    }
+    watcher.finish();
+    let taken = std::iter::from_fn(|| watcher.poll()).count();
+    assert_eq!(taken, FINDINGS_MAX);
+    assert!(watcher.dropped() > 0);
+}

@@ -9,6 +9,7 @@ mod operator;
 mod page_set;
 mod reduction;
 mod trust;
+mod watch;
 
 use crate::ALLOCATOR;
 use crate::entry::Target;
@@ -45,6 +46,7 @@ pub(crate) const ALL: &[Target] = &[
     trust::DOCUMENTS,
     trust::EVIDENCE,
     trust::POLICIES,
+    watch::WATCH,
 ];
 
 /// Runs `work`, which may allocate at most that many bytes at a time.

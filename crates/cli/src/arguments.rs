@@ -69,6 +69,9 @@ pub(crate) enum Command {
     /// Make hosts known by their TPMs, and seal keys to what a host has measured
     #[command(subcommand)]
     Attest(AttestCommand),
+    /// Notice migrations, and name those that nobody ordered
+    #[command(subcommand)]
+    Watch(WatchCommand),
     /// Print completions for a shell
     Completions {
         /// The shell
@@ -276,6 +279,27 @@ pub(crate) enum ConfigCommand {
         /// The file
         file: PathBuf,
     },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum WatchCommand {
+    /// Say what the detector makes of recorded observations
+    Replay(ReplayArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct ReplayArgs {
+    /// Observations (CSV): time_s,target,kind,value with kinds rtt_ms, lost, offset_ms, icmp_offset_ms, ttl, announced
+    pub(crate) file: PathBuf,
+    /// Target that is a hypervisor host; all others are VMs (can be repeated)
+    #[arg(long = "host", value_name = "NAME")]
+    pub(crate) hosts: Vec<String>,
+    /// Migrations that somebody ordered (JSON): a list of id, vm, source, destination, from_s, to_s
+    #[arg(long, value_name = "FILE")]
+    pub(crate) records: Option<PathBuf>,
+    /// Say also when the heuristics of 2013 would have raised an alarm
+    #[arg(long)]
+    pub(crate) baseline: bool,
 }
 
 #[derive(Subcommand)]

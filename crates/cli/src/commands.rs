@@ -15,13 +15,13 @@ use serde::Serialize;
 
 use crate::arguments::{
     CaCommand, Cli, Command, ConfigCommand, DecisionCommand, Issue, Migrate, MigrationCommand,
-    VmCommand,
+    VmCommand, WatchCommand,
 };
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::files::read;
 use crate::output::{say, say_line, to_json};
-use crate::{approval, attest, ca, check, migrate, passport, policy, render};
+use crate::{approval, attest, ca, check, migrate, passport, policy, render, watch};
 
 /// Does what was typed.
 pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
@@ -53,6 +53,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
             show(&decisions, |decisions| render::decisions(decisions), json)
         }
         Command::Attest(command) => attest::run(&command, json),
+        Command::Watch(WatchCommand::Replay(arguments)) => watch::replay(&arguments, json),
         Command::Completions { shell } => {
             let mut command = <Cli as clap::CommandFactory>::command();
             let mut script = Vec::new();

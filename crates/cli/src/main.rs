@@ -15,6 +15,7 @@ mod output;
 mod passport;
 mod policy;
 mod render;
+mod watch;
 
 use std::process::ExitCode;
 

@@ -10,3 +10,4 @@ mod migrate;
 mod migration;
 mod trust;
 mod vm;
+mod watch;

@@ -10,6 +10,7 @@
 //! Signed<Approval>  ──verify──▶ Verified<Approval> ─┼─▶ Policies::decide ─▶ Permit | Denied
 //! Evidence          ──verify──▶ VerifiedClaims     ─┘
 //! Signed<Order>     ──verify──▶ Verified<Order>    ───▶ redeem ─▶ Redeemed, once
+//! Signed<Advertisement> ─verify▶ Verified<Advertisement> ─▶ accept ─▶ Accepted: may be audited
 //! ```
 //!
 //! Identity (keys and names), attestation (claims) and authorisation (policies and the owner's passport) are separate
@@ -22,6 +23,7 @@
 
 mod cbor;
 
+pub mod advertisement;
 pub mod approval;
 pub mod decision;
 pub mod digest;
@@ -34,6 +36,7 @@ pub mod passport;
 pub mod policy;
 pub mod signed;
 
+pub use advertisement::Advertisement;
 pub use approval::Approval;
 pub use decision::{Action, Decision, Denied, Gate, Permit, Reason};
 pub use digest::Sha256;

@@ -49,6 +49,8 @@ pub struct Agent {
     pub hypervisor: Arc<dyn Hypervisor>,
     /// Who may have what done.
     pub gate: Gatekeeper,
+    /// Held while memory is given or promised to somebody, so that it is not given twice.
+    reserving: Mutex<()>,
     origin: Instant,
     vms: Mutex<HashMap<VmId, Entry>>,
     migrations: Mutex<HashMap<MigrationId, Arc<Tracked>>>,
@@ -73,6 +75,7 @@ impl Agent {
             store,
             hypervisor,
             gate,
+            reserving: Mutex::default(),
             origin: Instant::now(),
             vms: Mutex::default(),
             migrations: Mutex::default(),
@@ -164,12 +167,32 @@ impl Agent {
         Ok(())
     }
 
-    /// Memory that may be given to the VM of this migration: what is free, less what others have been promised.
+    /// The right to give memory to somebody: while it lives nobody else does.
+    pub fn reserving(&self) -> MutexGuard<'_, ()> {
+        lock(&self.reserving)
+    }
+
+    /// Memory that may be given to the VM of this migration from that host: what is free, less what arrives already and what
+    /// other hosts have been promised.
     ///
     /// # Errors
     ///
     /// This machine does not tell.
-    pub fn memory_for(&self, migration: MigrationId) -> Result<u64, palanquin_host::Error> {
+    pub fn memory_for(
+        &self,
+        migration: MigrationId,
+        from: Option<&str>,
+    ) -> Result<u64, palanquin_host::Error> {
+        let free = self.memory_free(migration)?;
+        Ok(free.saturating_sub(self.held_from(from)))
+    }
+
+    /// What is free, less what other migrations bring and what this host keeps for itself.
+    ///
+    /// # Errors
+    ///
+    /// This machine does not tell.
+    pub(crate) fn memory_free(&self, migration: MigrationId) -> Result<u64, palanquin_host::Error> {
         let promised: u64 = lock(&self.vms)
             .values()
             .filter(|entry| entry.stored.incoming && entry.migration != Some(migration))

@@ -19,6 +19,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::serve::IncomingStream;
 use axum::{Json, Router};
+use palanquin_api::advertisement::{AcceptAdvertisement, MakeAdvertisement, PardonHost};
 use palanquin_api::control::{
     AdoptVm, ApiError, DoctorRequest, ErrorKind, GivePassport, MigrationInfo, ResolveMigration,
     RunVm, StartMigration,
@@ -141,6 +142,12 @@ fn control(agent: Arc<Agent>) -> Router {
         .route("/v1/migrations/{id}/abort", post(abort_migration))
         .route("/v1/migrations/{id}/resolve", post(resolve_migration))
         .route("/v1/doctor", post(doctor))
+        .route(
+            "/v1/advertisements",
+            get(list_advertisements).post(make_advertisement),
+        )
+        .route("/v1/advertisements/accept", post(accept_advertisement))
+        .route("/v1/advertisements/pardon", post(pardon_host))
         .fallback(nowhere)
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .with_state(agent)
@@ -270,6 +277,37 @@ async fn doctor(
 ) -> Answer {
     let request: DoctorRequest = body(&bytes)?;
     blocking(move || agent.doctor(&request, caller)).await
+}
+
+async fn list_advertisements(State(agent): Shared) -> Answer {
+    blocking(move || agent.list_advertisements()).await
+}
+
+async fn make_advertisement(
+    State(agent): Shared,
+    ConnectInfo(caller): Asks,
+    bytes: axum::body::Bytes,
+) -> Answer {
+    let request: MakeAdvertisement = body(&bytes)?;
+    blocking(move || agent.make_advertisement(&request, caller)).await
+}
+
+async fn accept_advertisement(
+    State(agent): Shared,
+    ConnectInfo(caller): Asks,
+    bytes: axum::body::Bytes,
+) -> Answer {
+    let request: AcceptAdvertisement = body(&bytes)?;
+    blocking(move || agent.accept_advertisement(&request.parcel.0, caller)).await
+}
+
+async fn pardon_host(
+    State(agent): Shared,
+    ConnectInfo(caller): Asks,
+    bytes: axum::body::Bytes,
+) -> Answer {
+    let request: PardonHost = body(&bytes)?;
+    blocking(move || agent.pardon_host(&request.host, caller)).await
 }
 
 /// Every migration whenever it has changed.

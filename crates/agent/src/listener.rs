@@ -212,7 +212,9 @@ fn check(agent: &Arc<Agent>, offer: &Offer, channel: &Channel) -> Vec<WireBlocke
     }
     match descriptor_of(offer) {
         Ok(descriptor) => {
-            let available = agent.memory_for(offer.order.migration).unwrap_or(0);
+            let available = agent
+                .memory_for(offer.order.migration, Some(&offer.order.source))
+                .unwrap_or(0);
             let obstacles = agent.hypervisor.check(&descriptor, available);
             blockers.extend(obstacles.iter().map(wire_blocker));
         }

@@ -30,7 +30,7 @@ use crate::net::protocol::{
 };
 use crate::streams_in::{COUNTER_BYTES, InEvent, InStreams};
 use crate::streams_out::{OutEvent, OutStreams};
-use crate::tls::{HANDSHAKE_DEADLINE, Material, Peers, TlsError};
+use crate::tls::{HANDSHAKE_DEADLINE, Material, Peer, Peers, TlsError};
 
 /// Longest time for the network process to give up its privileges.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
@@ -340,6 +340,15 @@ impl Network {
     /// This host.
     pub fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    /// Who has these certificates, its own first, as far as they were not shown over a connection.
+    ///
+    /// # Errors
+    ///
+    /// No authority of ours vouches for it now, or it is no host of our trust domain.
+    pub fn identify(&self, certificates: &[&[u8]]) -> Result<Peer, TlsError> {
+        self.peers.identify(certificates)
     }
 
     fn link(&self) -> io::Result<Arc<Port>> {

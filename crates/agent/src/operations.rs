@@ -121,7 +121,7 @@ impl Agent {
             kernel: facts::kernel_release(),
             memory_total_bytes: facts::memory_total_bytes().map_err(problem)?,
             memory_available_bytes: self
-                .memory_for(MigrationId([0; 16]))
+                .memory_for(MigrationId([0; 16]), None)
                 .map_err(|e| internal("this machine can't be looked at", &e))?,
             peers: self.config.hosts.keys().cloned().collect(),
             network_pid: self.network.pid(),
@@ -195,6 +195,7 @@ impl Agent {
         let id = VmId(*uuid.as_bytes());
         let machine = machine_of(spec, uuid);
         let dir = self.vm_dir(id);
+        let _turn = self.spare_promises(spec.memory.total_bytes())?;
         let vm = self.hypervisor.spawn(&machine, &dir).map_err(|problem| {
             let mut error = internal("the VM does not start", &problem);
             error.kind = ErrorKind::Blocked;
@@ -385,6 +386,7 @@ impl Agent {
         let fresh = || challenge::fresh().map_err(|e| internal("the migration can't be begun", &e));
         let (challenge, last_challenge) = (fresh()?, fresh()?);
         let clearance = self.clear_out(operator.as_ref(), &order, request, false)?;
+        self.note_departure(&order, layout.total_bytes())?;
         if !self.claim(order.vm, order.migration) {
             let hint = "`palanquin migration ls` shows it";
             return Err(error(

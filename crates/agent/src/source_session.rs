@@ -839,7 +839,7 @@ impl SourceSession {
             Outcome::Completed => info!("completed"),
             _ => warn!(reason = %reason.as_ref().map_or("", |r| &r.message), ?outcome, "ended"),
         }
-        let refused = self.engine.is_refused();
+        let refused = self.was_refused(&blockers);
         self.agent.source_ended(self.engine.order(), ending);
         if self.engine.is_untold() {
             farewell::begin(&self.agent, self.engine.order(), reason.clone());

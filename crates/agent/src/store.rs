@@ -3,8 +3,10 @@
 //! One SQLite file. Every write is a transaction that is on the disk before the call returns
 //! (`synchronous=FULL` in WAL mode: an fsync at each commit), because the handover relies on it.
 
+mod adverts;
 mod gate;
 
+pub(crate) use self::adverts::{Promise, StoredAdvertisement};
 pub use self::gate::StoredPassport;
 
 use std::path::Path;
@@ -95,6 +97,7 @@ impl Store {
         }
         // From here on since schema 2.
         connection.execute_batch(gate::CREATE).map_err(busy)?;
+        connection.execute_batch(adverts::CREATE).map_err(busy)?;
         // A write takes the lock that keeps a second agent out.
         connection
             .pragma_update(None, "user_version", SCHEMA)

@@ -18,6 +18,8 @@
 //! | GET | `/v1/decisions` | | `[GateDecision]`, the last 1000, oldest first |
 //! | POST | `/v1/doctor` | [`DoctorRequest`] | [`DoctorReport`] |
 //!
+//! Those about advertisements are in [`crate::advertisement`].
+//!
 //! An error is an [`ApiError`] with a 4xx or 5xx status. The observe socket serves `GET /metrics`
 //! (Prometheus text), `GET /v1/vms`, `GET /v1/migrations`, `GET /v1/events` (SSE of
 //! [`MigrationInfo`]) and nothing else.
@@ -189,7 +191,8 @@ pub struct PassportInfo {
 pub struct GateDecision {
     /// When, seconds since 1970.
     pub at_unix_s: u64,
-    /// What: `migrateOut`, `migrateIn`, `adopt`, `abort` or `erase`.
+    /// What: `migrateOut`, `migrateIn`, `adopt`, `abort` or `erase`; and what concerns no VM: `acceptAdvertisement`,
+    /// `pardon`.
     pub action: String,
     /// By whom: an operator's identity, or a local user or host that is no operator.
     pub operator: String,

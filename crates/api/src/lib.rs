@@ -5,6 +5,7 @@
 //! added, never renamed; the path prefix `/v1` changes when that promise cannot be kept.
 #![forbid(unsafe_code)]
 
+pub mod advertisement;
 pub mod attestation;
 pub mod config;
 pub mod control;

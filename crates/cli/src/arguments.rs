@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use palanquin_api::control::{Allow, Compress, OperatorAssertion, Strategy};
-use palanquin_api::size::{Bandwidth, HumanDuration};
+use palanquin_api::size::{Bandwidth, ByteSize, HumanDuration};
 use palanquin_trust::{Identity, Sha256};
 use uuid::Uuid;
 
@@ -66,6 +66,9 @@ pub(crate) enum Command {
     /// Show what this host's gates have decided
     #[command(subcommand)]
     Decision(DecisionCommand),
+    /// Promise memory of this host to another, and keep what others have promised
+    #[command(subcommand)]
+    Advertisement(AdvertisementCommand),
     /// Make hosts known by their TPMs, and seal keys to what a host has measured
     #[command(subcommand)]
     Attest(AttestCommand),
@@ -443,6 +446,42 @@ pub(crate) enum ApprovedAction {
 pub(crate) enum DecisionCommand {
     /// List the last decisions, oldest first
     Ls,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum AdvertisementCommand {
+    /// Measure what this host has, hold it for VMs of another, and sign that
+    Make {
+        /// The host that it is for, by its name
+        #[arg(long = "for", value_name = "HOST")]
+        audience: String,
+        /// Most memory to promise, for example 8GiB [default: all that can be given]
+        #[arg(long, value_name = "SIZE")]
+        memory: Option<ByteSize>,
+        /// How long the promise holds, at most 1h
+        #[arg(long, default_value = "10min")]
+        hold: HumanDuration,
+        /// File for the advertisement
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+    },
+    /// Show what an advertisement says, without asking who signed it
+    Show {
+        /// The advertisement
+        file: PathBuf,
+    },
+    /// Accept what another host has promised to this one: refusals are compared with it
+    Accept {
+        /// The advertisement
+        file: PathBuf,
+    },
+    /// List what was promised to this host and by it, and which hosts are in quarantine
+    Ls,
+    /// End the quarantine of a host that had advertised falsely
+    Pardon {
+        /// The host, by its name
+        host: String,
+    },
 }
 
 #[derive(Subcommand)]

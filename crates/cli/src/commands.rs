@@ -21,7 +21,9 @@ use crate::client::Client;
 use crate::failure::Failure;
 use crate::files::read;
 use crate::output::{say, say_line, to_json};
-use crate::{approval, attest, ca, check, migrate, passport, policy, render, watch};
+use crate::{
+    advertisement, approval, attest, ca, check, migrate, passport, policy, render, watch,
+};
 
 /// Does what was typed.
 pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
@@ -52,6 +54,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
             let decisions: Vec<GateDecision> = client.get("/v1/decisions").await?;
             show(&decisions, |decisions| render::decisions(decisions), json)
         }
+        Command::Advertisement(command) => advertisement::run(&client, &command, json).await,
         Command::Attest(command) => attest::run(&command, json),
         Command::Watch(WatchCommand::Replay(arguments)) => watch::replay(&arguments, json),
         Command::Completions { shell } => {

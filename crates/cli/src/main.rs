@@ -1,6 +1,7 @@
 //! `palanquin`: what an operator types.
 #![forbid(unsafe_code)]
 
+mod advertisement;
 mod approval;
 mod arguments;
 mod attest;

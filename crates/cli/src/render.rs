@@ -198,10 +198,12 @@ pub(crate) fn decisions(decisions: &[GateDecision]) -> String {
     }
     let mut text = String::new();
     for decision in decisions {
-        let vm = decision.vm.map_or_else(
-            || "a VM without passport".to_owned(),
-            |vm| format!("VM {vm}"),
-        );
+        let of = match decision.vm {
+            Some(vm) => format!(" of VM {vm}"),
+            // These are about hosts; the reason names which.
+            None if ["acceptAdvertisement", "pardon"].contains(&&*decision.action) => String::new(),
+            None => " of a VM without passport".to_owned(),
+        };
         let by = match decision.permitted_by.join(", ") {
             policies if policies.is_empty() => String::new(),
             policies => format!(" by {policies}"),
@@ -212,7 +214,7 @@ pub(crate) fn decisions(decisions: &[GateDecision]) -> String {
             "REFUSED  "
         };
         text += &line(&format!(
-            "{}  {verdict}  {} of {vm}, asked by {}{by}",
+            "{}  {verdict}  {}{of}, asked by {}{by}",
             date(decision.at_unix_s),
             decision.action,
             decision.operator,

@@ -181,6 +181,16 @@ pub struct Quarantined {
     pub message: String,
 }
 
+impl Quarantined {
+    /// Whether the host has advertised what it did not have.
+    pub fn is_false(&self) -> bool {
+        self.code == FALSE_ADVERTISEMENT
+    }
+}
+
+/// Code of those that advertised what they did not have: no check ends that, only somebody who pardons it.
+pub const FALSE_ADVERTISEMENT: &str = "advertisement-false";
+
 /// Hosts that failed a check, until they pass one.
 #[derive(Debug, Default)]
 pub struct Quarantine(Mutex<BTreeMap<Identity, Quarantined>>);
@@ -204,6 +214,10 @@ impl Quarantine {
         result: Result<(), &AttestError>,
         now_unix_s: u64,
     ) -> bool {
+        if self.of(host).is_some_and(|entry| entry.is_false()) {
+            // Its state is another matter than its word.
+            return false;
+        }
         let error = match result {
             Ok(()) => return self.lock().remove(host).is_some(),
             Err(error) => error,
@@ -225,6 +239,25 @@ impl Quarantine {
             message: chain(error),
         };
         hosts.insert(host.clone(), entry.clone()) != Some(entry)
+    }
+
+    /// A host has advertised what it did not have.
+    pub fn accuse(&self, host: &Identity, message: &str, now_unix_s: u64) {
+        let entry = Quarantined {
+            host: host.clone(),
+            since_unix_s: now_unix_s,
+            code: FALSE_ADVERTISEMENT.to_owned(),
+            message: message.to_owned(),
+        };
+        self.lock().insert(host.clone(), entry);
+    }
+
+    /// Somebody pardons a host that had advertised what it did not have.
+    pub fn pardon(&self, host: &Identity) {
+        let mut hosts = self.lock();
+        if hosts.get(host).is_some_and(Quarantined::is_false) {
+            hosts.remove(host);
+        }
     }
 
     /// Adds what was kept.
@@ -355,5 +388,22 @@ mod tests {
         );
         assert!(kept.checked(&beta(), Ok(()), 30));
         assert_eq!(kept.of(&beta()), None);
+    }
+
+    #[test]
+    fn a_host_that_advertised_falsely_stays_in_quarantine_whatever_it_runs_until_it_is_pardoned() {
+        let quarantine = Quarantine::default();
+        quarantine.accuse(&beta(), "it had less", 10);
+        assert!(!quarantine.checked(&beta(), Ok(()), 20));
+        assert!(!quarantine.checked(&beta(), Err(&state()), 30));
+        let kept = Quarantine::new(quarantine.all());
+        let entry = kept.of(&beta()).unwrap();
+        assert_eq!((entry.since_unix_s, entry.is_false()), (10, true));
+        kept.pardon(&beta());
+        assert_eq!(kept.of(&beta()), None);
+        // What is wrong with its state is not pardoned.
+        assert!(kept.checked(&beta(), Err(&state()), 40));
+        kept.pardon(&beta());
+        assert!(kept.of(&beta()).is_some());
     }
 }

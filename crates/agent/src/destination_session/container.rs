@@ -16,6 +16,7 @@ use palanquin_host::measure::{self, Empty};
 use palanquin_host::vm::{
     Descriptor, GuestRam, MissingPages, Obstacle, PrepareError, RunState, Vm,
 };
+use palanquin_trust::advertisement::needed_bytes;
 use tracing::{debug, warn};
 
 use super::DestinationEvent;
@@ -197,7 +198,10 @@ impl Work {
             Err(blocker) => return Ok(Err(vec![blocker])),
         };
         let dir = self.agent.vm_dir(self.order.vm);
-        let available = self.agent.memory_for(self.order.migration);
+        // Until what is taken is known to others.
+        let turn = self.agent.reserving();
+        let from = Some(&*self.order.source);
+        let available = self.agent.memory_for(self.order.migration, from);
         let available = available.map_err(|error| failure("memory", &error))?;
         let vm = match self.agent.hypervisor.prepare(&descriptor, &dir, available) {
             Ok(vm) => vm,
@@ -224,10 +228,15 @@ impl Work {
         };
         self.agent
             .register_container(&stored, &vm, self.order.migration)
+            .and_then(|()| {
+                let taken = needed_bytes(stored.memory_bytes);
+                self.agent.store.keep_promise(&self.order.source, taken)
+            })
             .map_err(|error| Failure {
                 reason: Reason::new("journal", chain(&error)),
                 vm_gone: false,
             })?;
+        drop(turn);
         fail_point("destination-reserving");
         let mut post_copy = offer.post_copy != PostCopyUse::No;
         if post_copy {

@@ -123,6 +123,16 @@ impl Showing {
         })
     }
 
+    /// Hosts that failed a check.
+    pub(super) fn quarantine(&self) -> &Quarantine {
+        &self.quarantine
+    }
+
+    /// What hypervisors are measured with.
+    pub(super) fn meter(&self) -> &Meter {
+        &self.meter
+    }
+
     /// Whether evidence of this host is looked at, and can be believed.
     fn looks_at(&self, host: &Identity) -> bool {
         let verifier = self.verifier.as_ref();
@@ -154,7 +164,7 @@ fn reasons(error: &AttestError) -> Vec<Reason> {
 }
 
 impl Gatekeeper {
-    fn showing(&self) -> Option<&Showing> {
+    pub(super) fn showing(&self) -> Option<&Showing> {
         self.judged.as_ref().map(|judged| &judged.showing)
     }
 
@@ -337,7 +347,7 @@ impl Agent {
     }
 
     /// Keeps who is in quarantine and what the TPMs of others have counted beyond a restart.
-    fn keep_checks(&self) {
+    pub(super) fn keep_checks(&self) {
         let Some(showing) = self.gate.showing() else {
             return;
         };

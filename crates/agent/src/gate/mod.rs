@@ -4,6 +4,7 @@
 //! without it nothing is judged but the quotas. What travels to the other host is in [`credentials`]; what the other host
 //! has proven about itself comes from [`evidence`].
 
+mod adverts;
 pub mod credentials;
 mod destination;
 mod evidence;

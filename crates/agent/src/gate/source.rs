@@ -28,6 +28,16 @@ pub struct OutClearance {
 }
 
 impl OutClearance {
+    /// Who has ordered it.
+    pub(super) fn operator(&self) -> &Identity {
+        &self.out.operator
+    }
+
+    /// Where the VM goes.
+    pub(super) fn target(&self) -> &Identity {
+        &self.out.ask.target
+    }
+
     /// Digest of the signed order, to which evidence is bound.
     pub fn order_sha256(&self) -> Sha256 {
         Sha256::of(self.order.as_bytes())
@@ -161,6 +171,7 @@ impl Agent {
             let remedy = "Check the names of both hosts.";
             Reason::new(Gate::Identity, "host-unknown", error.to_string(), remedy)
         })?;
+        self.refuse_liar(&target)?;
         let approvals = request.approvals.iter();
         let approvals = approvals
             .map(|approval| verify_approval(books, &approval.0))
@@ -276,6 +287,9 @@ impl Agent {
             if container.is_none_or(|container| container.empty_bytes != bytes) {
                 let reason = not_empty(&target);
                 self.note_refusal(&subject(Action::MigrateOut), &reason.clone().into());
+                return Err(vec![reason]);
+            }
+            if let Some(reason) = self.audit_hypervisor(cleared, order, claims) {
                 return Err(vec![reason]);
             }
         }

@@ -124,8 +124,13 @@ impl Agent {
         // They are checked again with every migration: what is told is how the last check ended.
         let quarantined = self.gate.quarantined().into_iter();
         report.passed.extend(quarantined.map(|host| {
+            let until = if host.is_false() {
+                "somebody pardons it"
+            } else {
+                "a check passes"
+            };
             format!(
-                "warning: host {} is in quarantine until a check passes: {}",
+                "warning: host {} is in quarantine until {until}: {}",
                 host.host, host.message
             )
         }));

@@ -5,7 +5,7 @@ use std::thread;
 
 use palanquin_api::control::{ApiError, Blocker, ErrorKind, Side};
 use palanquin_engine::ids::Challenge32;
-use palanquin_engine::message::Reason;
+use palanquin_engine::message::{Reason, WireBlocker};
 use palanquin_engine::source::{Op, SourceDone};
 use palanquin_trust::decision::Reason as GateReason;
 use palanquin_trust::evidence::Role;
@@ -76,6 +76,19 @@ impl SourceSession {
         ))
     }
 
+    /// Whether a gate of the destination refused. Where it did not, what it says may be compared with what it had promised: a
+    /// false advertisement is refused by a gate of this host.
+    pub(super) fn was_refused(&mut self, blockers: &[WireBlocker]) -> bool {
+        if let (Some(cleared), Some(layout)) = (&self.params.clearance, &self.params.layout) {
+            let (order, ram_bytes) = (self.engine.order(), layout.total_bytes());
+            let audited = self
+                .agent
+                .audit_refusal(cleared, order, ram_bytes, blockers);
+            self.refusals.extend(audited);
+        }
+        self.engine.is_refused()
+    }
+
     fn refuse(&mut self, op: Op, reasons: Vec<GateReason>) {
         let told = told_reason(&reasons);
         self.refusals = reasons;
@@ -87,7 +100,12 @@ impl SourceSession {
     pub(super) fn name_gates(&self, error: &mut ApiError, reason: &Reason) {
         if !self.refusals.is_empty() {
             error.kind = ErrorKind::Refused;
-            error.blockers = api_blockers(Side::Source, &self.refusals);
+            // With what the destination said to it, where that was the reason.
+            let told = std::mem::replace(
+                &mut error.blockers,
+                api_blockers(Side::Source, &self.refusals),
+            );
+            error.blockers.extend(told);
         } else if error.kind == ErrorKind::Refused
             && error.blockers.is_empty()
             && let (Some(gate), code) = gate_of(&reason.code)

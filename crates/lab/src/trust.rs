@@ -295,4 +295,5 @@ tenants = ["spiffe://palanquin.internal/owner/globex"]
 roles = ["security-officer"]
 [hosts."spiffe://palanquin.internal/host/a"]
 [hosts."spiffe://palanquin.internal/host/b"]
+[hosts."spiffe://palanquin.internal/host/c"]
 "#;

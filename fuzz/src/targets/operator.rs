@@ -4,6 +4,9 @@ use std::fmt::{Debug, Display};
 use std::str::FromStr;
 
 use palanquin_api::config::{AgentConfig, is_host_name, is_name};
+use palanquin_api::advertisement::{
+    AcceptAdvertisement, Advertisements, MadeAdvertisement, MakeAdvertisement, PardonHost,
+};
 use palanquin_api::control::{
     AbortAnswer, AdoptVm, ApiError, DoctorReport, DoctorRequest, HostInfo, MigrationInfo,
     ResolveMigration, RunVm, StartMigration, VmInfo,
@@ -117,7 +120,8 @@ pub(crate) const BODIES: Target = Target::new("bodies", bodies, || {
 .words(|| {
     words_of(&[
         "\"vm\":", "\"to\":", "\"spec\":", "\"name\":", "\"memory\":", "\"pid\":", "\"qmp\":", "\"kind\":", "\"message\":",
-        "\"assert\":", "\"strategy\":", "\"compress\":", "\"id\":", "\"state\":", "null", "true", "[]", "{}",
+        "\"assert\":", "\"strategy\":", "\"compress\":", "\"id\":", "\"state\":", "\"for\":", "\"lifetime_s\":",
+        "\"memory_bytes\":", "\"parcel\":", "\"host\":", "null", "true", "[]", "{}",
     ])
 });
 
@@ -137,7 +141,7 @@ fn bodies(data: &[u8]) {
     let Some((&kind, json)) = data.split_first() else {
         return;
     };
-    match kind % 11 {
+    match kind % 16 {
         0 => drop(again::<StartMigration>(json)),
         1 => {
             if let Some(RunVm { spec, .. }) = again::<RunVm>(json) {
@@ -153,7 +157,12 @@ fn bodies(data: &[u8]) {
         7 => drop(again::<VmInfo>(json)),
         8 => drop(again::<HostInfo>(json)),
         9 => drop(again::<DoctorReport>(json)),
-        _ => drop(again::<AbortAnswer>(json)),
+        10 => drop(again::<AbortAnswer>(json)),
+        11 => drop(again::<MakeAdvertisement>(json)),
+        12 => drop(again::<AcceptAdvertisement>(json)),
+        13 => drop(again::<PardonHost>(json)),
+        14 => drop(again::<MadeAdvertisement>(json)),
+        _ => drop(again::<Advertisements>(json)),
     }
 }
 

@@ -9,6 +9,7 @@ use coset::iana::Algorithm as Number;
 use coset::{CoseSign1Builder, HeaderBuilder, TaggedCborSerializable};
 use palanquin_agent::gate::credentials::Credentials;
 use palanquin_api::control::Strategy;
+use palanquin_trust::advertisement::{PARCEL_MAX, Parcel};
 use palanquin_trust::enrolment::{Answer, Enrolled, Pending, Question, Request, read_registers};
 use palanquin_trust::evidence::public::{AttestationKey, EndorsementKey};
 use palanquin_trust::evidence::{
@@ -18,7 +19,7 @@ use palanquin_trust::keys::{Algorithm, Ed25519Signer};
 use palanquin_trust::policy::{Case, Files};
 use palanquin_trust::signed::{Document, ENVELOPE_MAX};
 use palanquin_trust::{
-    Action, Approval, Evidence, Identity, Keyring, Order, Passport, Policies, PublicKey, Sha256,
+    Action, Advertisement, Approval, Evidence, Identity, Keyring, Order, Passport, Policies, PublicKey, Sha256,
     Sign, Signed,
 };
 use uuid::Uuid;
@@ -43,6 +44,12 @@ pub(crate) const ENVELOPE: Target = Target::new("envelope", envelope, || {
     seeds.push(b"\xd2\x84\x5b\xff\xff\xff\xff\xff\xff\xff\xff".to_vec());
     seeds.push(b"\xd2\x84\x40\xa0\x5a\xff\xff\xff\xff".to_vec());
     seeds.push([&[0xd2, 0x84][..], &[0x81; 4000]].concat());
+    let parcel = Parcel {
+        envelope: passport.into(),
+        certificates: vec![vec![0x30; 500].into(), vec![0x30; 400].into()],
+    };
+    seeds.extend(parcel.to_bytes());
+    seeds.push(b"\xa2\x00\x40\x01\x9b\xff\xff\xff\xff\xff\xff\xff\xff".to_vec());
     seeds
 });
 
@@ -164,8 +171,14 @@ fn ring(identity: Identity) -> Keyring {
     ring
 }
 
-fn signers() -> [Identity; 3] {
-    [id("owner/acme"), id("host/alpha"), id("operator/bob")]
+/// Of each kind of document, by its number.
+fn signers() -> [Identity; 4] {
+    [
+        id("owner/acme"),
+        id("host/alpha"),
+        id("operator/bob"),
+        id("host/beta"),
+    ]
 }
 
 fn passport() -> Passport {
@@ -218,6 +231,26 @@ fn contents() -> Vec<(u8, Vec<u8>)> {
         not_before_unix_s: 1_800_000_000,
         expires_unix_s: 1_800_003_600,
     };
+    let advertisement = Advertisement {
+        host: id("host/beta"),
+        audience: id("host/alpha"),
+        sequence: 7,
+        issued_unix_s: 1_800_000_000,
+        expires_unix_s: 1_800_000_600,
+        memory_total_bytes: 64 << 30,
+        memory_free_bytes: 16 << 30,
+        cpu_threads: 8,
+        hypervisor_version: "8.2.2".to_owned(),
+        hypervisor_sha256: Some(Sha256([9; 32])),
+        region: Some("de".to_owned()),
+        groups: vec!["bronze".to_owned(), "gold".to_owned()],
+    };
+    let bare = Advertisement {
+        hypervisor_sha256: None,
+        region: None,
+        groups: Vec::new(),
+        ..advertisement.clone()
+    };
     let free = Passport {
         hosts: None,
         groups: None,
@@ -232,6 +265,8 @@ fn contents() -> Vec<(u8, Vec<u8>)> {
         (0, to_cbor(&free)),
         (1, to_cbor(&order)),
         (2, to_cbor(&approval)),
+        (3, to_cbor(&advertisement)),
+        (3, to_cbor(&bare)),
     ]
 }
 
@@ -245,10 +280,11 @@ fn sealed(which: u8, contents: Vec<u8>) -> Vec<u8> {
         Passport::CONTENT_TYPE,
         Order::CONTENT_TYPE,
         Approval::CONTENT_TYPE,
+        Advertisement::CONTENT_TYPE,
     ];
     let protected = HeaderBuilder::new()
         .algorithm(Number::Ed25519)
-        .content_type(kinds[usize::from(which % 3)].to_owned())
+        .content_type(kinds[usize::from(which % 4)].to_owned())
         .key_id(signer().public_key().id().0.to_vec())
         .build();
     CoseSign1Builder::new()
@@ -264,6 +300,17 @@ fn envelope(data: &[u8]) {
     judge::<Passport>(data);
     judge::<Order>(data);
     judge::<Approval>(data);
+    judge::<Advertisement>(data);
+    parcel(data);
+}
+
+/// An advertisement with certificates, none of which are verified here.
+fn parcel(data: &[u8]) {
+    let read = within(data.len() * EXPANSION + SLACK, || Parcel::from_bytes(data));
+    if let Ok(parcel) = read {
+        assert!(data.len() <= PARCEL_MAX && !parcel.certificates.is_empty());
+        assert_eq!(parcel.to_bytes().as_deref(), Ok(data));
+    }
 }
 
 fn judge<T: Document>(data: &[u8]) {
@@ -288,15 +335,21 @@ fn documents(data: &[u8]) {
         return;
     };
     let bytes = sealed(*which, contents.to_vec());
-    let identity = signers()[usize::from(which % 3)].clone();
-    match which % 3 {
+    let identity = signers()[usize::from(which % 4)].clone();
+    match which % 4 {
         0 => {
             if let Some(passport) = believed::<Passport>(&bytes, identity) {
                 assert!(!passport.to_string().is_empty());
             }
         }
         1 => drop(believed::<Order>(&bytes, identity)),
-        _ => drop(believed::<Approval>(&bytes, identity)),
+        2 => drop(believed::<Approval>(&bytes, identity)),
+        _ => {
+            if let Some(says) = believed::<Advertisement>(&bytes, identity) {
+                assert!(says.memory_free_bytes <= says.memory_total_bytes);
+                assert!(!says.to_string().is_empty());
+            }
+        }
     }
 }
 

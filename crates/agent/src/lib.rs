@@ -35,6 +35,7 @@ pub mod streams_in;
 pub mod streams_out;
 pub mod tls;
 pub mod tracked;
+pub mod verbs;
 pub mod waiting;
 
 /// Version of this software, told to peers and operators.

@@ -11,13 +11,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use palanquin_trust::{Identity, Kind, PublicKey, Sha256};
+use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
-use rustls::server::danger::ClientCertVerifier;
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::sign::{CertifiedKey, SigningKey, SingleCertAndKey};
-use rustls::{AlertDescription, ClientConfig, Connection, RootCertStore, ServerConfig, version};
+use rustls::{
+    AlertDescription, CertificateError, ClientConfig, Connection, DigitallySignedStruct,
+    DistinguishedName, RootCertStore, ServerConfig, SignatureScheme, version,
+};
+use tracing::debug;
 
 use crate::attest::sealed;
 use crate::identity::{self, IdentityError};
@@ -69,6 +74,9 @@ pub enum TlsError {
     /// The other end is not a host.
     #[error("the other end is {0}, not a host of this trust domain")]
     NotAHost(Identity),
+    /// Somebody else than a host of this trust domain wants to come in, and was told so.
+    #[error("the certificate is not that of a host of this trust domain")]
+    Stranger,
     /// The other end is another host.
     #[error("the other end is host {found:?}, expected {expected:?}")]
     OtherHost {
@@ -83,7 +91,9 @@ impl TlsError {
     /// Whether identities are to blame, rather than the network or a file.
     pub fn is_refusal(&self) -> bool {
         match self {
-            Self::PeerIdentity(_) | Self::NotAHost(_) | Self::OtherHost { .. } => true,
+            Self::PeerIdentity(_) | Self::NotAHost(_) | Self::Stranger | Self::OtherHost { .. } => {
+                true
+            }
             Self::Handshake(error) => is_refusal(error),
             _ => false,
         }
@@ -328,7 +338,7 @@ impl Peers {
             .verify_client_cert(&leaf, &between, UnixTime::now())
             .map_err(TlsError::Handshake)?;
         let identity = identity::of_certificate(&leaf).map_err(TlsError::PeerIdentity)?;
-        if identity.kind() != Kind::Host || identity.trust_domain() != self.trust_domain {
+        if !is_host(&identity, &self.trust_domain) {
             return Err(TlsError::NotAHost(identity));
         }
         let key = identity::key_of_certificate(&leaf).ok();
@@ -336,6 +346,64 @@ impl Peers {
     }
 }
 
+/// Lets in hosts of one trust domain, and tells others so within the handshake (alert `access_denied`). That somebody is a
+/// host is looked at again where it counts.
+#[derive(Debug)]
+struct HostsAlone {
+    vouched: Arc<dyn ClientCertVerifier>,
+    trust_domain: String,
+}
+
+impl ClientCertVerifier for HostsAlone {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.vouched.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        between: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        let verified = self.vouched.verify_client_cert(leaf, between, now)?;
+        match identity::of_certificate(leaf) {
+            Ok(identity) if is_host(&identity, &self.trust_domain) => Ok(verified),
+            shown => {
+                debug!(?shown, "a certificate that is no host's was refused");
+                let no_host = CertificateError::ApplicationVerificationFailure;
+                Err(rustls::Error::InvalidCertificate(no_host))
+            }
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.vouched.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.vouched.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.vouched.supported_verify_schemes()
+    }
+}
+
+fn is_host(identity: &Identity, trust_domain: &str) -> bool {
+    identity.kind() == Kind::Host && identity.trust_domain() == trust_domain
+}
+
+/// Believes certificates by these authorities, whoever they name.
 fn verifier(roots: &[CertificateDer<'static>]) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
     let roots = Arc::new(store(roots)?);
     WebPkiClientVerifier::builder_with_provider(roots, Arc::new(provider()))
@@ -363,7 +431,10 @@ impl Tls {
         key: Arc<dyn SigningKey>,
     ) -> Result<Self, TlsError> {
         let identity = own_identity(&chain)?;
-        let verifier = verifier(&roots)?;
+        let verifier = Arc::new(HostsAlone {
+            vouched: verifier(&roots)?,
+            trust_domain: identity.trust_domain().to_owned(),
+        });
         let roots = Arc::new(store(&roots)?);
         let own = Arc::new(SingleCertAndKey::from(CertifiedKey::new(chain, key)));
         let provider = Arc::new(provider());
@@ -472,7 +543,7 @@ impl Tls {
             identity::of_certificate(leaf)
         });
         let peer = peer.map_err(TlsError::PeerIdentity)?;
-        if peer.kind() != Kind::Host || peer.trust_domain() != self.identity.trust_domain() {
+        if !is_host(&peer, self.identity.trust_domain()) {
             return Err(TlsError::NotAHost(peer));
         }
         Ok(Authenticated {
@@ -495,6 +566,10 @@ fn read_step(
             Err(error) => {
                 // Best effort: the alert tells the other end why.
                 let _ = connection.write_tls(socket);
+                let no_host = CertificateError::ApplicationVerificationFailure;
+                if error == rustls::Error::InvalidCertificate(no_host) {
+                    return Err(TlsError::Stranger);
+                }
                 Err(TlsError::Handshake(error))
             }
         },

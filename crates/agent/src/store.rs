@@ -4,6 +4,7 @@
 //! (`synchronous=FULL` in WAL mode: an fsync at each commit), because the handover relies on it.
 
 mod adverts;
+mod arrivals;
 mod gate;
 
 pub(crate) use self::adverts::{Promise, StoredAdvertisement};

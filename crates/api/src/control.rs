@@ -212,6 +212,19 @@ pub struct GateDecision {
     pub policy_sha256: Option<String>,
     /// Digest of the passport.
     pub passport_sha256: Option<String>,
+    /// The host that brought what was refused; absent where it was asked for here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer: Option<String>,
+    /// How often this was refused: what a host repeats within a day is counted in one.
+    #[serde(default = "once")]
+    pub times: u64,
+    /// When it was refused for the last time, seconds since 1970, where that was more than once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_unix_s: Option<u64>,
+}
+
+fn once() -> u64 {
+    1
 }
 
 /// One reason for a refusal.

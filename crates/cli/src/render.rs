@@ -213,8 +213,13 @@ pub(crate) fn decisions(decisions: &[GateDecision]) -> String {
         } else {
             "REFUSED  "
         };
+        let brought = decision.peer.as_ref();
+        let brought = brought.map_or_else(String::new, |peer| format!(", brought by {peer}"));
+        let last = decision.last_unix_s.map_or_else(String::new, |last| {
+            format!(", {} times until {}", decision.times, date(last))
+        });
         text += &line(&format!(
-            "{}  {verdict}  {}{of}, asked by {}{by}",
+            "{}  {verdict}  {}{of}, asked by {}{by}{brought}{last}",
             date(decision.at_unix_s),
             decision.action,
             decision.operator,

@@ -455,6 +455,9 @@ impl Agent {
             }],
             policy_sha256: None,
             passport_sha256: None,
+            peer: None,
+            times: 1,
+            last_unix_s: None,
         })
     }
 

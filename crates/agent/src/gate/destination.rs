@@ -128,7 +128,7 @@ impl Agent {
                 vm: Some(Uuid::from_bytes(offer.order.vm.0)),
                 migration: Some(offer.order.migration),
             };
-            self.note_refusal(&subject, &refused);
+            self.note_refused_arrival(bringer.identity, &subject, &refused);
         }
         Err(refused.reasons)
     }

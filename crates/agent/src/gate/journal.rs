@@ -3,6 +3,7 @@
 use palanquin_api::control::{ApiError, Blocker, ErrorKind, GateDecision, GateReason, Side};
 use palanquin_engine::message::{Reason as WireReason, WireBlocker};
 use palanquin_engine::{MigrationId, Order};
+use palanquin_trust::Identity;
 use palanquin_trust::decision::{Action, Decision, Denied, Gate, Reason};
 use tracing::{error, warn};
 use uuid::Uuid;
@@ -71,6 +72,9 @@ fn kept(decision: &Decision, migration: Option<MigrationId>) -> GateDecision {
         reasons: decision.reasons.iter().map(told).collect(),
         policy_sha256: Some(decision.policy_sha256.to_string()),
         passport_sha256: decision.passport_sha256.map(|sha256| sha256.to_string()),
+        peer: None,
+        times: 1,
+        last_unix_s: None,
     }
 }
 
@@ -97,6 +101,9 @@ fn refused_early(subject: &Subject<'_>, reasons: &[Reason], now_unix_s: u64) -> 
         reasons: reasons.iter().map(told).collect(),
         policy_sha256: None,
         passport_sha256: None,
+        peer: None,
+        times: 1,
+        last_unix_s: None,
     }
 }
 
@@ -165,7 +172,11 @@ impl Agent {
             );
         }
         self.gate.count(decision.permitted);
-        let stored = self.store.put_decision(&decision);
+        let stored = match &decision.peer {
+            // It may be refused as often as it likes, and must not fill the journal.
+            Some(peer) if !decision.permitted => self.store.put_refused_arrival(peer, &decision),
+            _ => self.store.put_decision(&decision),
+        };
         if let Err(problem) = &stored {
             error!(problem = chain(problem), "a decision is not journaled");
         }
@@ -210,6 +221,23 @@ impl Agent {
         });
     }
 
+    /// Makes a refusal durable and known of what that host has brought; what it repeats is counted.
+    pub(super) fn note_refused_arrival(
+        &self,
+        peer: &Identity,
+        subject: &Subject<'_>,
+        refusal: &Refusal,
+    ) {
+        let decision = match &refusal.decision {
+            Some(decision) => kept(decision, subject.migration),
+            None => refused_early(subject, &refusal.reasons, self.unix_s()),
+        };
+        self.note_decision(GateDecision {
+            peer: Some(peer.to_string()),
+            ..decision
+        });
+    }
+
     /// Makes what was decided durable; false if it is not, or nothing was.
     pub(super) fn note_clearance(
         &self,
@@ -241,6 +269,7 @@ impl Agent {
         let reasons = reasons.collect();
         self.note_decision(GateDecision {
             reasons,
+            peer: Some(peer.to_owned()),
             ..refused_early(&subject, &[], self.unix_s())
         });
     }

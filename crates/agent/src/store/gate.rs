@@ -4,7 +4,7 @@ use palanquin_api::control::GateDecision;
 use palanquin_engine::{MigrationId, VmId};
 use palanquin_trust::passport::LastPassport;
 use palanquin_trust::{Identity, Passport, Sha256, Verified};
-use rusqlite::{OptionalExtension, params};
+use rusqlite::{OptionalExtension, Transaction, params};
 use uuid::Uuid;
 
 use super::{Store, StoreError, to_sql};
@@ -19,6 +19,9 @@ CREATE TABLE IF NOT EXISTS decisions (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, migration BLOB, decision TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS checks (
     only INTEGER PRIMARY KEY CHECK (only = 1), quarantined TEXT NOT NULL, resets TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS refused_arrivals (
+    peer TEXT NOT NULL, likeness TEXT NOT NULL, seq INTEGER NOT NULL, began_unix_s INTEGER NOT NULL,
+    PRIMARY KEY (peer, likeness)) STRICT;
 CREATE INDEX IF NOT EXISTS decisions_migration ON decisions (migration, seq);
 COMMIT;
 ";
@@ -162,17 +165,9 @@ impl Store {
     pub fn put_decision(&self, decision: &GateDecision) -> Result<(), StoreError> {
         let json = serde_json::to_string(decision)
             .map_err(|error| StoreError::Record(error.to_string()))?;
-        let migration = decision.migration.map(|id| id.as_bytes().to_vec());
         let mut connection = self.lock();
         let transaction = connection.transaction()?;
-        transaction.execute(
-            "INSERT INTO decisions (migration, decision) VALUES (?1, ?2)",
-            params![migration, json],
-        )?;
-        transaction.execute(
-            "DELETE FROM decisions WHERE seq <= (SELECT max(seq) FROM decisions) - ?1",
-            [DECISIONS_MAX],
-        )?;
+        insert_decision(&transaction, decision, &json)?;
         transaction.commit()?;
         Ok(())
     }
@@ -208,7 +203,25 @@ impl Store {
     }
 }
 
-fn read(json: &str) -> Result<GateDecision, StoreError> {
+/// Adds a row, and lets the oldest go. The row is the last that was inserted when this returns.
+pub(super) fn insert_decision(
+    transaction: &Transaction<'_>,
+    decision: &GateDecision,
+    json: &str,
+) -> Result<(), StoreError> {
+    let migration = decision.migration.map(|id| id.as_bytes().to_vec());
+    transaction.execute(
+        "INSERT INTO decisions (migration, decision) VALUES (?1, ?2)",
+        params![migration, json],
+    )?;
+    transaction.execute(
+        "DELETE FROM decisions WHERE seq <= (SELECT max(seq) FROM decisions) - ?1",
+        [DECISIONS_MAX],
+    )?;
+    Ok(())
+}
+
+pub(super) fn read(json: &str) -> Result<GateDecision, StoreError> {
     serde_json::from_str(json).map_err(|error| StoreError::Record(error.to_string()))
 }
 
@@ -256,6 +269,9 @@ mod tests {
             reasons: Vec::new(),
             policy_sha256: None,
             passport_sha256: None,
+            peer: None,
+            times: 1,
+            last_unix_s: None,
         }
     }
 

@@ -256,6 +256,8 @@ fn run(arguments: &Arguments) -> Result<()> {
         Network::start(settings, material).context("there is no process to talk to other hosts")?;
     let agent = Agent::new(config, network, store, Arc::new(qemu), gate);
     agent.remember_checks();
+    // What had to be remedied may have needed a new start.
+    agent.check_itself_beside();
     recovery::recover(&agent).context("the state of this host cannot be recovered")?;
     listener::start(&agent, socket);
     let warming = Arc::clone(&agent);
@@ -278,7 +280,11 @@ fn run(arguments: &Arguments) -> Result<()> {
                 while hangup.recv().await.is_some() {
                     let agent = Arc::clone(&reloading);
                     // It reads files; a panic in it is logged by whoever joins nothing.
-                    let _ = tokio::task::spawn_blocking(move || agent.gate.reload()).await;
+                    let _ = tokio::task::spawn_blocking(move || {
+                        agent.gate.reload();
+                        agent.check_itself_beside();
+                    })
+                    .await;
                 }
             });
             let stop = async {

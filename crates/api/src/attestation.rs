@@ -37,7 +37,8 @@ pub struct Attestation {
     pub registers: Vec<u8>,
     /// Log of what firmware measured; one that is not there is left out. Default: Linux's of the first TPM.
     pub event_log: PathBuf,
-    /// Directory with the enrolments of other hosts, `*.toml`, as `palanquin attest accept` writes them.
+    /// Directory with the enrolments of other hosts, `*.toml`, as `palanquin attest accept` writes them. Read again on
+    /// SIGHUP.
     pub enrolled: Option<PathBuf>,
     /// Of which hosts evidence is wanted. Default `enrolled`.
     pub demand: Demand,

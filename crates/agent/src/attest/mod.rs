@@ -98,7 +98,7 @@ impl AttestError {
                 "Look whether `trust.attestation.tpm` names the host's TPM, and whether it answers."
             }
             Self::File { .. } | Self::Enrolled(_) => {
-                "Put the file in order, and start the agent again."
+                "Put the file in order, and have it read again: SIGHUP for enrolments, else a new start of the agent."
             }
             Self::Missing(_) => "Set `trust.attestation.tpm` on that host, after enrolling it.",
             Self::Unknown(_) => "Enrol the host: `palanquin attest request` on it begins that.",

@@ -78,7 +78,10 @@ impl Question {
 /// This host's TPM, what is known of those of others, and what a hypervisor is measured with.
 pub(super) struct Showing {
     attester: Attester,
-    verifier: Option<Verifier>,
+    /// What the enrolments were read by; absent where nothing is shown and nobody looked at.
+    config: Option<Attestation>,
+    /// Never changed, only replaced.
+    verifier: Mutex<Option<Arc<Verifier>>>,
     quarantine: Quarantine,
     hook: Option<RemediationHook>,
     remedied: Mutex<Option<Instant>>,
@@ -113,7 +116,8 @@ impl Showing {
         };
         Ok(Self {
             attester,
-            verifier,
+            config: config.cloned(),
+            verifier: Mutex::new(verifier.map(Arc::new)),
             quarantine: Quarantine::default(),
             hook: config.and_then(|config| config.remediation_hook.clone()),
             remedied: Mutex::default(),
@@ -133,10 +137,30 @@ impl Showing {
         &self.meter
     }
 
+    /// What is known of other hosts now.
+    fn verifier(&self) -> Option<Arc<Verifier>> {
+        super::lock(&self.verifier).clone()
+    }
+
     /// Whether evidence of this host is looked at, and can be believed.
     fn looks_at(&self, host: &Identity) -> bool {
-        let verifier = self.verifier.as_ref();
-        verifier.is_some_and(|verifier| verifier.knows(host))
+        self.verifier().is_some_and(|verifier| verifier.knows(host))
+    }
+
+    /// Reads the enrolments again. Those of before stay where the new ones are not usable; what the TPMs have counted stays
+    /// known. How many hosts are enrolled; absent where nobody is looked at.
+    pub(super) fn reload(&self) -> Result<Option<usize>, AttestError> {
+        let Some(config) = &self.config else {
+            return Ok(None);
+        };
+        let new = Verifier::open(config)?;
+        let mut verifier = super::lock(&self.verifier);
+        if let Some(before) = &*verifier {
+            new.remember_resets(&before.resets());
+        }
+        let count = new.resets().len();
+        *verifier = Some(Arc::new(new));
+        Ok(Some(count))
     }
 }
 
@@ -268,11 +292,11 @@ impl Agent {
         let Some(showing) = self.gate.showing() else {
             return Ok(None);
         };
-        let Some(verifier) = &showing.verifier else {
+        let Some(verifier) = showing.verifier() else {
             return Ok(None);
         };
         let wanted = verifier.wants(host);
-        if !wanted && !showing.looks_at(host) {
+        if !wanted && !verifier.knows(host) {
             return Ok(None);
         }
         let now = self.unix_s();
@@ -352,7 +376,7 @@ impl Agent {
             return;
         };
         let _keeping = super::lock(&showing.keeping);
-        let resets = showing.verifier.as_ref().map(Verifier::resets);
+        let resets = showing.verifier().map(|verifier| verifier.resets());
         let kept = self
             .store
             .put_checks(&showing.quarantine.all(), &resets.unwrap_or_default());
@@ -370,7 +394,7 @@ impl Agent {
         match self.store.checks() {
             Ok((quarantined, resets)) => {
                 showing.quarantine.restore(quarantined);
-                if let Some(verifier) = &showing.verifier {
+                if let Some(verifier) = showing.verifier() {
                     verifier.remember_resets(&resets);
                 }
             }
@@ -381,6 +405,39 @@ impl Agent {
                     "how checks of other hosts ended is not known any more"
                 );
             }
+        }
+    }
+
+    /// Checks once more whether this host is what was enrolled of it, where it is enrolled in its own directory: after
+    /// something was remedied, at the start and when enrolments were read again. Whether it is in quarantine by its own word
+    /// is known from then on, and not only with the next migration. Takes as long as the TPM.
+    pub fn check_itself(self: &Arc<Self>) {
+        let host = self.gate.host();
+        if !self.gate.awaits_evidence(host) || !self.gate.shows_something() {
+            return;
+        }
+        match self.own_claims(MigrationId([0; 16]), VmId([0; 16]), Sha256([0; 32]), false) {
+            Ok(_) => info!("this host was checked: it is what was enrolled of it"),
+            Err(reasons) => {
+                let told: Vec<_> = reasons
+                    .iter()
+                    .map(|reason| reason.message.as_str())
+                    .collect();
+                let reasons = told.join("; ");
+                warn!(
+                    reasons,
+                    "this host was checked: it is not what was enrolled of it"
+                );
+            }
+        }
+    }
+
+    /// The same on a thread of its own.
+    pub fn check_itself_beside(self: &Arc<Self>) {
+        let agent = Arc::clone(self);
+        let thread = std::thread::Builder::new().name("check".to_owned());
+        if let Err(error) = thread.spawn(move || agent.check_itself()) {
+            warn!(%error, "no thread to check this host");
         }
     }
 
@@ -399,8 +456,12 @@ impl Agent {
             return;
         }
         *remedied = Some(Instant::now());
+        let agent = Arc::clone(self);
         let work = move || match run_hook(&hook, &obstacles) {
-            Ok(said) => info!(said, "the hook has remedied what it could"),
+            Ok(said) => {
+                info!(said, "the hook has remedied what it could");
+                agent.check_itself();
+            }
             Err(error) => {
                 let problem = chain(&error);
                 warn!(problem, "the hook has remedied nothing");

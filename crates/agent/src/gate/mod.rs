@@ -247,18 +247,18 @@ impl Gatekeeper {
             .is_some_and(|judged| judged.operators.keys().any(|uid| *uid != 0))
     }
 
-    /// Reads policies and keys again. Those of before stay where the new ones are not usable. What is under way is judged
-    /// anew by the new ones before it commits.
+    /// Reads policies, keys and enrolments again. Those of before stay where the new ones are not usable. What is under way is
+    /// judged anew by the new ones before it commits.
     pub fn reload(&self) {
         let Some(judged) = &self.judged else {
             return;
         };
+        let mut problems = Vec::new();
         match load(&judged.config) {
             Ok(books) => {
                 let (sha256, version) =
                     (books.policies.sha256(), books.policies.directory().version);
                 let before = std::mem::replace(&mut *lock(&judged.books), Arc::new(books));
-                *lock(&judged.reload_error) = None;
                 info!(%sha256, version, before = %before.policies.sha256(), "policies were read again");
             }
             Err(problem) => {
@@ -267,9 +267,22 @@ impl Gatekeeper {
                     problem,
                     "the new policies or keys are refused; those of before stay"
                 );
-                *lock(&judged.reload_error) = Some(problem);
+                problems.push(problem);
             }
         }
+        match judged.showing.reload() {
+            Ok(None) => {}
+            Ok(Some(hosts)) => info!(hosts, "enrolments were read again"),
+            Err(problem) => {
+                let problem = chain(&problem);
+                error!(
+                    problem,
+                    "the new enrolments are refused; those of before stay"
+                );
+                problems.push(problem);
+            }
+        }
+        *lock(&judged.reload_error) = (!problems.is_empty()).then(|| problems.join("; "));
     }
 
     /// What people may see of it; absent where nothing is judged.

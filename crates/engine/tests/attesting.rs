@@ -12,7 +12,7 @@ use palanquin_engine::order::Ledger;
 use palanquin_engine::source::Failure;
 use palanquin_engine::time::Timing;
 use palanquin_engine::{
-    Destination, DestinationAction, DestinationConfig, DestinationRecord, Root, Time,
+    Destination, DestinationAction, DestinationConfig, DestinationRecord, Epoch, Root, Time,
 };
 
 const ROOT: Root = Root([5; 32]);
@@ -444,4 +444,22 @@ fn a_committed_vm_is_not_given_up_by_any_deadline() {
         "{:?}",
         play.ending
     );
+}
+
+#[test]
+fn a_commit_of_an_epoch_that_was_not_ordered_is_none() {
+    // The order is of epoch 1, so that the VM would be the destination's under 2.
+    for epoch in [0, 1, 3, u64::MAX] {
+        let mut play = Play::receiving();
+        play.until_ready();
+        play.hears(Message::Commit(Epoch(epoch)));
+        assert_eq!(play.why(), ("epoch-mismatch", true));
+        let owned = |action: &DestinationAction| {
+            matches!(
+                action,
+                DestinationAction::Journal(_, DestinationRecord::Owned(_))
+            )
+        };
+        assert!(!play.did.iter().any(owned), "it took the VM");
+    }
 }

@@ -7,11 +7,13 @@ use std::time::Duration;
 
 use palanquin_engine::convergence::Limits;
 use palanquin_engine::ids::{Sha256, StreamSecret};
-use palanquin_engine::message::{Accepted, Hello, HelloReply, Message, Ready, Verdict};
+use palanquin_engine::message::{Accepted, Hello, HelloReply, Message, Ready, Reason, Verdict};
 use palanquin_engine::source::{SourceDone, SourcePhase};
 use palanquin_engine::strategy::Strategy;
 use palanquin_engine::time::Timing;
-use palanquin_engine::{PageSet, RamLayout, Root, Source, SourceAction, SourceConfig, Time};
+use palanquin_engine::{
+    Epoch, PageSet, RamLayout, Root, Source, SourceAction, SourceConfig, SourceRecord, Time,
+};
 
 fn begin() -> Source {
     let offer = common::offer(1, 1);
@@ -109,4 +111,50 @@ fn a_source_whose_commit_is_never_answered_comes_into_doubt_and_an_operator_can_
     assert_eq!(source.phase(), SourcePhase::InDoubt);
     source.handle_operator_verdict(now, Verdict::Discarded);
     assert_eq!(source.phase(), SourcePhase::Finishing);
+}
+
+#[test]
+fn a_destination_that_names_another_epoch_owns_nothing() {
+    let others = [0, 1, 3, u64::MAX].map(Epoch);
+    for epoch in others {
+        // By itself, while its answer is awaited.
+        for message in [
+            Message::Running(epoch),
+            Message::Verdict(Verdict::Owned(epoch)),
+        ] {
+            let mut source = begin();
+            play_until_commit(&mut source);
+            source.handle_message(Time::default(), 1, message);
+            assert!(!lets_go(&mut source), "it gave the VM up");
+        }
+        // And asked, on another connection.
+        let mut source = begin();
+        play_until_commit(&mut source);
+        let now = Time::default();
+        source.handle_connection_lost(now, 1, Reason::new("connection-lost", "x"));
+        source.handle_redial(now);
+        source.handle_connected(now, 2);
+        let hello = Hello::ours("", common::CHALLENGE);
+        let reply = HelloReply::to(&hello, "", common::THEIR_CHALLENGE);
+        source.handle_message(now, 2, Message::HelloReply(reply));
+        source.handle_message(now, 2, Message::Verdict(Verdict::Owned(epoch)));
+        assert!(!lets_go(&mut source), "it gave the VM up");
+        assert_eq!(source.phase(), SourcePhase::InDoubt);
+        assert_eq!(
+            source.reason().map(|reason| &*reason.code),
+            Some("epoch-mismatch")
+        );
+    }
+}
+
+/// Whether the source gives its VM up.
+fn lets_go(source: &mut Source) -> bool {
+    let mut lets_go = false;
+    while let Some(action) = source.poll_action() {
+        lets_go |= matches!(
+            action,
+            SourceAction::Journal(_, SourceRecord::Released(_)) | SourceAction::Erase(_)
+        );
+    }
+    lets_go
 }

@@ -1,7 +1,7 @@
 //! A rig whose hosts judge: each by its own policies, with one owner and some operators.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use palanquin_api::control::GateDecision;
@@ -35,6 +35,8 @@ pub struct JudgingRig {
     approver: PathBuf,
     /// Of each host, where they attest.
     pub tpms: Vec<Swtpm>,
+    /// A program that hosts run which are refused for their state, and its arguments.
+    pub hook: Option<Vec<String>>,
 }
 
 /// An identity in the rig's trust domain.
@@ -61,6 +63,7 @@ impl JudgingRig {
             owner: keys,
             approver,
             tpms: Vec::new(),
+            hook: None,
         };
         for index in 0..judging.rig.hosts.len() {
             fs::create_dir(judging.policies(index))?;
@@ -95,7 +98,8 @@ impl JudgingRig {
         Ok(judging)
     }
 
-    fn enrolled(&self, index: usize) -> PathBuf {
+    /// Directory of the enrolments that a host knows.
+    pub fn enrolled(&self, index: usize) -> PathBuf {
         self.rig.dir().join(format!("enrolled-{index}"))
     }
 
@@ -159,8 +163,11 @@ impl JudgingRig {
             return String::new();
         };
         let key = self.rig.hosts[index].dir().join("attestation-key");
+        let hook = self.hook.as_ref().map_or_else(String::new, |command| {
+            format!("[trust.attestation.remediation-hook]\ncommand = {command:?}\n")
+        });
         format!(
-            "[trust.attestation]\ntpm = {:?}\nkey = {key:?}\nregisters = [0, 7]\nenrolled = {:?}\ndemand = \"always\"\n",
+            "[trust.attestation]\ntpm = {:?}\nkey = {key:?}\nregisters = [0, 7]\nenrolled = {:?}\ndemand = \"always\"\n{hook}",
             tpm.tcti(),
             self.enrolled(index)
         )
@@ -212,15 +219,31 @@ impl JudgingRig {
     ///
     /// If it is refused.
     pub fn passport(&self, vm: Uuid, version: u64, more: &str) -> Result<String> {
+        self.passport_by(&self.owner, vm, version, "2100-01-01", more)
+    }
+
+    /// The same with the owner's key in that directory, which others may not know, good until that day.
+    ///
+    /// # Errors
+    ///
+    /// If it is refused.
+    pub fn passport_by(
+        &self,
+        keys: &Path,
+        vm: Uuid,
+        version: u64,
+        until: &str,
+        more: &str,
+    ) -> Result<String> {
         let acme = identity("owner", "acme");
-        let spec = self.rig.dir().join(format!("{vm}-{version}.toml"));
-        let out = self.rig.dir().join(format!("{vm}-{version}.passport"));
+        let spec = keys.join(format!("{vm}-{version}.toml"));
+        let out = keys.join(format!("{vm}-{version}.passport"));
         let text = format!(
-            "vm = \"{vm}\"\nowner = {acme:?}\nversion = {version}\nnot-before = 2026-01-01T00:00:00Z\n\
-             expires = 2100-01-01T00:00:00Z\nsensitivity = 1\n{more}"
+            "vm = \"{vm}\"\nowner = {acme:?}\nversion = {version}\nnot-before = 2020-01-01T00:00:00Z\n\
+             expires = {until}T00:00:00Z\nsensitivity = 1\n{more}"
         );
         fs::write(&spec, text)?;
-        let key = self.owner.join("acme.key");
+        let key = keys.join("acme.key");
         let [spec, key, out] = [spec, key, out].map(|path| path.display().to_string());
         let words = ["passport", "sign", &spec, "--key", &key, "--out", &out];
         palanquin(&words)?.expect_status(0)?;
@@ -234,12 +257,21 @@ impl JudgingRig {
     ///
     /// If it is refused.
     pub fn replace_owner_key(&self) -> Result<()> {
-        let dir = self.rig.dir().join("other-keys");
-        let shown = dir.display().to_string();
-        let acme = identity("owner", "acme");
-        palanquin(&["passport", "keygen", &acme, "--out", &shown])?.expect_status(0)?;
-        fs::copy(dir.join("acme.pub"), self.owner.join("acme.pub"))?;
+        let keys = self.unknown_owner()?;
+        fs::copy(keys.join("acme.pub"), self.owner.join("acme.pub"))?;
         Ok(())
+    }
+
+    /// Makes another key of the owner, which no host knows; gives its directory, for [`Self::passport_by`].
+    ///
+    /// # Errors
+    ///
+    /// If it can't be made.
+    pub fn unknown_owner(&self) -> Result<PathBuf> {
+        let keys = self.rig.dir().join("keys-of-nobody");
+        let (acme, shown) = (identity("owner", "acme"), keys.display().to_string());
+        palanquin(&["passport", "keygen", &acme, "--out", &shown])?.expect_status(0)?;
+        Ok(keys)
     }
 
     /// Signs as bob that the VM may move from one host to the other; gives the file.
@@ -248,16 +280,32 @@ impl JudgingRig {
     ///
     /// If it is refused.
     pub fn approval(&self, vm: Uuid, from: usize, to: usize) -> Result<String> {
+        self.approval_by("bob", &self.approver, vm, from, to)
+    }
+
+    /// The same as that operator, with the key in that directory.
+    ///
+    /// # Errors
+    ///
+    /// If it is refused.
+    pub fn approval_by(
+        &self,
+        name: &str,
+        keys: &Path,
+        vm: Uuid,
+        from: usize,
+        to: usize,
+    ) -> Result<String> {
         let host = |index: usize| identity("host", self.rig.hosts[index].name());
-        let out = self.rig.dir().join(format!("{vm}.approval"));
-        let key = self.approver.join("bob.key");
+        let out = keys.join(format!("{vm}.approval"));
+        let key = keys.join(format!("{name}.key"));
         let [key, out] = [key, out].map(|path| path.display().to_string());
-        let (bob, vm) = (identity("operator", "bob"), vm.to_string());
+        let (operator, vm) = (identity("operator", name), vm.to_string());
         let words = [
             "approval",
             "sign",
             "--operator",
-            &bob,
+            &operator,
             "--key",
             &key,
             "--vm",

@@ -224,7 +224,9 @@ impl HostVerb {
                 ..ANSWERED
             },
             Self::Running => Row {
-                wrong_epoch: OUT_OF_TURN,
+                wrong_epoch: Answered(
+                    "by silence: the VM stays paused at the source, which asks for the record",
+                ),
                 ..ANSWERED
             },
             Self::Verdict => Row {

@@ -2,7 +2,7 @@
 //!
 //! Both kinds of verbs are listed here and nowhere else: requests over the sockets ([`ControlVerb`], of which the router is
 //! made) and messages of other hosts ([`HostVerb`], into which every message is sorted). Each has a [`Row`], by a `match`
-//! without a wildcard: a verb without one does not compile. `crates/lab/tests/verbs.rs` tries each cell on real agents, and
+//! without a wildcard: a verb without one does not compile. `crates/lab/tests/verbs` tries each cell on real agents, and
 //! [`document`] is `docs/refusals.md`.
 
 mod control;
@@ -117,8 +117,9 @@ impl Row {
 const HEAD: &str = "# Refusals
 
 Generated from `crates/agent/src/verbs`; a test of `palanquin-agent` fails when this page is stale, and writes it anew with
-`PALANQUIN_WRITE_DOCS=1`. `crates/lab/tests/verbs.rs` tries each cell on real agents, those of wrong epochs within a migration
-`crates/engine/tests/wrong_epoch.rs` on the state machines that decide them. A verb without a row does not compile.
+`PALANQUIN_WRITE_DOCS=1`. `crates/lab/tests/verbs` tries each cell on real agents; those of wrong epochs within a migration are
+tried in `crates/engine/tests` (`attesting.rs`, `mute_destination.rs`) on the state machines that decide them. A verb without
+a row does not compile.
 
 A code in a cell is the refusal: over the sockets the code of a blocker; between hosts `tls:` and the alert of TLS (RFC 8446,
 section 6.2) that ends the handshake, or the code of the message that answers; `closed` is a connection that is closed without
@@ -127,7 +128,7 @@ a word. *answered* means that the fault is let pass on purpose, `-` that there i
 | fault | over the sockets | between hosts |
 |---|---|---|
 | no certificate | a local user who is neither root, nor the agent's own, nor under `[trust.operators]` | no certificate in the handshake |
-| wrong authority | a passport or approval signed with a key that nobody here knows | a certificate of another authority |
+| wrong authority | a passport or approval signed with a key that nobody here knows | a certificate of another authority; of one that has the name of ours and another key: `tls:decrypt-error` |
 | expired | the VM's passport is over | a certificate whose time is over |
 | wrong role | an operator whose role no policy permits it | an operator's certificate in place of a host's |
 | unknown here | root, who is no operator here | a host's certificate, and the host is in no `directory.toml`; to a source: of another host than it dialled |

@@ -552,5 +552,26 @@ fn an_order_is_good_once_unaltered_and_with_its_signature() -> Result<()> {
         "{answer:?}"
     );
     ensure!(rig.hosts[1].vms()?.is_empty() && rig.hosts[1].qemus()?.is_empty());
+    // What it repeats is counted, and fills no journal.
+    let before = decisions(&rig.hosts[1])?;
+    for _ in 0..20 {
+        let answer = impostor.offer(rig, &first)?;
+        ensure!(codes(&answer)?.1 == ["order-replayed"], "{answer:?}");
+    }
+    let after = decisions(&rig.hosts[1])?;
+    ensure!(after.len() == before.len(), "{before:?} {after:?}");
+    let brought = identity("host", "a");
+    let counted = after.iter().find(|row| {
+        row.times >= 21
+            && row
+                .reasons
+                .iter()
+                .any(|reason| reason.code == "order-replayed")
+    });
+    let counted = counted.with_context(|| format!("not counted: {after:?}"))?;
+    ensure!(
+        counted.peer == Some(brought) && counted.last_unix_s.is_some(),
+        "{counted:?}"
+    );
     Ok(())
 }

@@ -14,7 +14,7 @@ const DENY: &str = "0.20.2";
 
 /// All steps; stops at the first that fails, and always says how far it came.
 pub(crate) fn test() -> Result<()> {
-    let steps: [(&str, Step); 12] = [
+    let steps: [(&str, Step); 13] = [
         ("install", setup::install),
         ("format", || {
             run("cargo", &["fmt", "--all", "--check"])?;
@@ -34,6 +34,19 @@ pub(crate) fn test() -> Result<()> {
                     "--",
                     "-D",
                     "warnings",
+                ],
+            )
+        }),
+        ("without TPMs", || {
+            run(
+                "cargo",
+                &[
+                    "check",
+                    "-p",
+                    "palanquin-cli",
+                    "-p",
+                    "palanquin-agent",
+                    "--no-default-features",
                 ],
             )
         }),

@@ -21,9 +21,7 @@ use crate::client::Client;
 use crate::failure::Failure;
 use crate::files::read;
 use crate::output::{say, say_line, to_json};
-use crate::{
-    advertisement, approval, attest, ca, check, migrate, passport, policy, render, watch,
-};
+use crate::{advertisement, approval, attest, ca, check, migrate, passport, policy, render, watch};
 
 /// Does what was typed.
 pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {

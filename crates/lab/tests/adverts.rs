@@ -1,22 +1,23 @@
 //! What hosts promise each other: who promises more than it gives is found out by a reservation, and nothing is sent there.
 #![forbid(unsafe_code)]
 
+#[path = "shared/forger.rs"]
+mod forger;
+
 use std::path::Path;
-use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use palanquin_agent::gate::HostSigner;
-use palanquin_agent::identity::key_of_certificate;
-use palanquin_agent::tls::Material;
 use palanquin_api::advertisement::{AdvertisementInfo, Advertisements};
 use palanquin_api::control::{Outcome, Side};
 use palanquin_lab::guest::GuestSpec;
 use palanquin_lab::host::{Host, Told};
 use palanquin_lab::rig::Rig;
 use palanquin_lab::trust::{JudgingRig, decisions, identity};
-use palanquin_trust::advertisement::{Parcel, needed_bytes};
-use palanquin_trust::{Advertisement, Sha256, Signed};
+use palanquin_trust::Sha256;
+use palanquin_trust::advertisement::needed_bytes;
 use uuid::Uuid;
+
+use forger::Forger;
 
 /// Exit statuses of a refusal by a gate, and of something that stands in the way.
 const REFUSED: i32 = 3;
@@ -35,56 +36,6 @@ fn with_guest(judging: JudgingRig, name: &str) -> Result<JudgingRig> {
     let passport = judging.passport(VM, 1, "")?;
     judging.rig.hosts[0].boot_with(&GuestSpec::small(name), &["--passport", &passport])?;
     Ok(judging)
-}
-
-fn now_unix_s() -> Result<u64> {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
-    Ok(now.as_secs())
-}
-
-/// Somebody who has the key of a host, and signs with it what he likes.
-struct Forger {
-    signer: HostSigner,
-    certificates: Vec<Vec<u8>>,
-}
-
-impl Forger {
-    fn new(dir: &Path, name: &str) -> Result<Self> {
-        let file = |end: &str| dir.join(end);
-        let (own, key) = (format!("{name}.pem"), format!("{name}.key"));
-        let material = Material::load(&file("ca.pem"), &file(&own), &file(&key), name)?;
-        let public = key_of_certificate(&material.chain[0])?;
-        Ok(Self {
-            signer: HostSigner::new(Arc::clone(&material.key), public),
-            certificates: material.chain.iter().map(|der| der.to_vec()).collect(),
-        })
-    }
-
-    /// The second host promises the first a tebibyte, but for the changes.
-    fn parcel(&self, change: impl FnOnce(&mut Advertisement)) -> Result<Parcel> {
-        let now = now_unix_s()?;
-        let mut says = Advertisement {
-            host: identity("host", "b").parse()?,
-            audience: identity("host", "a").parse()?,
-            // A host's own are numbered by its clock.
-            sequence: now - 100,
-            issued_unix_s: now,
-            expires_unix_s: now + 600,
-            memory_total_bytes: 2048 * GIB,
-            memory_free_bytes: 1024 * GIB,
-            cpu_threads: 512,
-            hypervisor_version: "8.2.2".to_owned(),
-            hypervisor_sha256: None,
-            region: None,
-            groups: Vec::new(),
-        };
-        change(&mut says);
-        let signed = Signed::sign(&says, &self.signer)?;
-        Ok(Parcel {
-            envelope: signed.as_bytes().to_vec().into(),
-            certificates: self.certificates.iter().cloned().map(Into::into).collect(),
-        })
-    }
 }
 
 fn accept(host: &Host, parcel: &[u8]) -> Result<Told> {

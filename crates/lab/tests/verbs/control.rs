@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use palanquin_agent::verbs::{Cell, ControlVerb, Fault, Method, Socket};
+use palanquin_api::advertisement::{AcceptAdvertisement, MakeAdvertisement, PardonHost};
 use palanquin_api::control::{
     AdoptVm, ApiError, DoctorReport, DoctorRequest, GivePassport, MigrationInfo, OperatorAssertion,
     Phase, ResolveMigration, RunVm, StartMigration,
@@ -25,6 +26,7 @@ use rustix::thread::set_thread_res_uid;
 use serde::Serialize;
 use uuid::Uuid;
 
+use super::forger::Forger;
 use super::{Came, Wrong};
 
 const VM: Uuid = Uuid::from_u128(0x7a1c_0000_0000_4000_8000_0000_0000_0003);
@@ -43,6 +45,9 @@ struct Papers {
     unknown: Vec<u8>,
     over: Vec<u8>,
     unknown_approval: Vec<u8>,
+    /// With the other host's key, and with one by an authority of nobody's.
+    host: Forger,
+    foreign: Forger,
 }
 
 struct Trial {
@@ -65,7 +70,11 @@ impl Trial {
         let unknown = judging.passport_by(&stranger, VM, 4, "2100-01-01", "")?;
         let eve = judging.rig.issue("ca", "operator", "eve")?;
         let approval = judging.approval_by("eve", &eve, VM, 0, 1)?;
+        judging.rig.authority("other")?;
+        let foreign = judging.rig.issue("other", "host", "b")?;
         let papers = Papers {
+            host: Forger::new(&judging.rig.hosts[1].spec.identity, "b")?,
+            foreign: Forger::new(&foreign, "b")?,
             old: read(old)?,
             unknown: read(unknown)?,
             over: read(over)?,
@@ -123,6 +132,23 @@ impl Trial {
         })
     }
 
+    fn advertisement(&self, fault: Fault) -> Result<Hex> {
+        let forger = match fault {
+            Fault::WrongCa => &self.papers.foreign,
+            _ => &self.papers.host,
+        };
+        let parcel = forger.parcel(|says| match fault {
+            Fault::Expired => {
+                says.issued_unix_s -= 1000;
+                says.expires_unix_s -= 1000;
+            }
+            Fault::Replayed => says.sequence -= 5000,
+            // Each newer than the one before.
+            other => says.sequence += other as u64,
+        })?;
+        Ok(Hex(parcel.to_bytes()?))
+    }
+
     /// What is asked for. No wildcard: a new verb has to be tried.
     fn body(&self, verb: ControlVerb, fault: Fault) -> Result<Vec<u8>> {
         let json = |value: &dyn erased::Json| value.json();
@@ -137,7 +163,8 @@ impl Trial {
             | ControlVerb::ShowMigration
             | ControlVerb::WatchMigration
             | ControlVerb::StopVm
-            | ControlVerb::AbortMigration => Ok(Vec::new()),
+            | ControlVerb::AbortMigration
+            | ControlVerb::ListAdvertisements => Ok(Vec::new()),
             ControlVerb::RunVm => json(&RunVm {
                 spec: VmSpec::from_toml(&GuestSpec::small("another").to_toml()?)?,
                 passport: Some(self.passport(fault)),
@@ -167,6 +194,17 @@ impl Trial {
             ControlVerb::Doctor => json(&DoctorRequest {
                 to: Some("b".to_owned()),
                 vm: Some(NAME.to_owned()),
+            }),
+            ControlVerb::MakeAdvertisement => json(&MakeAdvertisement {
+                audience: "b".to_owned(),
+                memory_bytes: Some(1 << 20),
+                lifetime_s: 60,
+            }),
+            ControlVerb::AcceptAdvertisement => json(&AcceptAdvertisement {
+                parcel: self.advertisement(fault)?,
+            }),
+            ControlVerb::PardonHost => json(&PardonHost {
+                host: "b".to_owned(),
             }),
         }
     }
@@ -211,6 +249,10 @@ impl Trial {
                 })
             }
             Ok(answer) if answer.status == 200 => Ok(Came::Answer),
+            // There is nothing to pardon: so far it came.
+            Ok(answer) if verb == ControlVerb::PardonHost && answer.status == 404 => {
+                Ok(Came::Answer)
+            }
             Ok(answer) => {
                 let error: ApiError = serde_json::from_slice(&answer.body)?;
                 ensure!(!error.blockers.is_empty(), "{error:?}");

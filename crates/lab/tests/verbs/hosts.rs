@@ -239,7 +239,7 @@ impl Trial {
                 })
             }
             Fault::WrongRole => Some(issued("ca", "operator", name)?),
-            Fault::Unknown => Some(issued("ca", "host", "c")?),
+            Fault::Unknown => Some(issued("ca", "host", "z")?),
             // It knows itself, and has no part in what the first host has ordered.
             Fault::OtherTenant if !is_order => Some(self.host(1)),
             Fault::OtherTenant | Fault::Replayed | Fault::WrongEpoch => {

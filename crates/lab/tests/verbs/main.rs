@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 mod control;
+#[path = "../shared/forger.rs"]
+mod forger;
 mod hosts;
 
 use std::collections::BTreeSet;

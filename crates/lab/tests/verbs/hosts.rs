@@ -506,14 +506,16 @@ fn answer(
         tv_sec: 0,
         tv_nsec: 50_000_000,
     };
-    while !done.load(Ordering::Acquire) {
-        if poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&look))? > 0 {
-            let (tcp, _) = listener.accept()?;
-            // How it ends the source tells.
-            let _ = talk(tcp, config, bytes);
+    std::thread::scope(|scope| {
+        while !done.load(Ordering::Acquire) {
+            if poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&look))? > 0 {
+                let (tcp, _) = listener.accept()?;
+                // A farewell to the one before must not hold up who dials now. How it ends the source tells.
+                scope.spawn(|| drop(talk(tcp, config, bytes)));
+            }
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 fn talk(tcp: TcpStream, config: &Arc<ServerConfig>, bytes: &[u8]) -> Result<()> {

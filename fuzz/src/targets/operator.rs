@@ -3,10 +3,10 @@
 use std::fmt::{Debug, Display};
 use std::str::FromStr;
 
-use palanquin_api::config::{AgentConfig, is_host_name, is_name};
 use palanquin_api::advertisement::{
     AcceptAdvertisement, Advertisements, MadeAdvertisement, MakeAdvertisement, PardonHost,
 };
+use palanquin_api::config::{AgentConfig, is_host_name, is_name};
 use palanquin_api::control::{
     AbortAnswer, AdoptVm, ApiError, DoctorReport, DoctorRequest, HostInfo, MigrationInfo,
     ResolveMigration, RunVm, StartMigration, VmInfo,

@@ -19,8 +19,8 @@ use palanquin_trust::keys::{Algorithm, Ed25519Signer};
 use palanquin_trust::policy::{Case, Files};
 use palanquin_trust::signed::{Document, ENVELOPE_MAX};
 use palanquin_trust::{
-    Action, Advertisement, Approval, Evidence, Identity, Keyring, Order, Passport, Policies, PublicKey, Sha256,
-    Sign, Signed,
+    Action, Advertisement, Approval, Evidence, Identity, Keyring, Order, Passport, Policies,
+    PublicKey, Sha256, Sign, Signed,
 };
 use uuid::Uuid;
 

@@ -61,8 +61,8 @@ pub struct Timing {
     /// than `redial` by the time that either side may take to notice. Default 50 s.
     pub rejoin: Duration,
     /// How long a destination holds a place for a VM that is still being copied, from its offer on, whatever its source
-    /// says meanwhile; then it gives the migration up. From the challenge before the pause on it is four times
-    /// `switchover` instead, until the commit. Default 24 h.
+    /// says meanwhile; then it gives the migration up. Once the VM could run there it is four times
+    /// `switchover` from then until the commit instead. Default 24 h.
     pub copying: Duration,
 }
 

@@ -422,6 +422,21 @@ fn the_time_for_copying_goes_on_while_a_source_is_away_and_does_not_begin_anew()
 }
 
 #[test]
+fn a_long_pause_that_was_asked_for_is_not_cut_short_while_its_pages_arrive() {
+    // As stop-and-copy does: the challenge comes first, and all pages after it.
+    let mut play = Play::receiving();
+    play.hears(Message::Challenge(common::LAST_CHALLENGE));
+    let attest = play.attest.take().expect("asked for");
+    play.done(attest, DestinationDone::Attested(Vec::new()));
+    let long = Timing::default().switchover * 100;
+    assert!(play.stays(long) >= long);
+    assert_eq!(play.ending, None);
+    play.stays(Timing::default().copying);
+    assert_eq!(play.why(), ("copied-too-long", true));
+    assert_eq!(play.now - Time::default(), Timing::default().copying);
+}
+
+#[test]
 fn a_source_that_never_commits_loses_its_place_sooner() {
     let mut play = Play::receiving();
     play.stays(Timing::default().copying / 2);

@@ -1,6 +1,6 @@
 //! The connection broke while pages arrived: they are kept for a while, and only the source that sends them may go on.
 
-use super::{Attest, Destination, DestinationAction, DestinationPhase, Load, State};
+use super::{Attest, Destination, DestinationAction, Load, State};
 use crate::ids::StreamSecret;
 use crate::message::{Message, Reason, Rejoin, Verdict};
 use crate::time::{Liveness, Time};
@@ -93,16 +93,15 @@ impl Destination {
 
     /// The source is there, and comes to no end. Of its own accord it would have given up long before.
     pub(super) fn end_holding(&mut self, now: Time) {
-        let is_reserving = self.phase() == DestinationPhase::Reserving;
-        let reason = if is_reserving || self.is_before_pause() {
+        let reason = if matches!(self.state, State::AwaitCommit) {
+            let what = "the VM could run here, and the source did not commit in time";
+            Reason::new("timeout", what)
+        } else {
             let copying = self.config.timing.copying.as_secs();
             let what = format!(
                 "the copy has taken {copying} s, longer than this host holds a place for one"
             );
             Reason::new("copied-too-long", what)
-        } else {
-            let what = "the source began to pause the VM and did not commit in time";
-            Reason::new("timeout", what)
         };
         self.discard(now, reason);
     }

@@ -7,9 +7,6 @@ use crate::message::{EVIDENCE_MAX, Reason, WireBlocker};
 use crate::order::Ledger;
 use crate::time::Time;
 
-/// How many times the longest switchover a container is held for the commit, from the challenge on.
-const SWITCHOVERS_HELD: u32 = 4;
-
 impl Destination {
     /// What the evidence of [`DestinationDone::Reserved`](super::DestinationDone::Reserved) has to be bound to; none before the
     /// source has greeted.
@@ -71,8 +68,6 @@ impl Destination {
         if let State::Receiving { attest, .. } = &mut self.state {
             *attest = Attest::Attesting(op);
             self.deadline = Some(now + self.config.timing.switchover);
-            // The source itself resumes after one, counted from the pause.
-            self.held_until = Some(now + self.config.timing.switchover * SWITCHOVERS_HELD);
             self.actions
                 .push_back(DestinationAction::Attest { op, challenge });
         }

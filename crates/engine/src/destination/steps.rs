@@ -7,6 +7,9 @@ use crate::journal::DestinationRecord;
 use crate::message::{Message, Ready, Reason, Refused};
 use crate::time::Time;
 
+/// How many times the longest switchover a container that could run is held for the commit.
+const SWITCHOVERS_HELD: u32 = 4;
+
 impl Destination {
     /// Feeds what decides how it goes on to a hasher, so that whoever explores all states can tell them apart. Left out
     /// is what never changes and what is only told to people. The actions have to be taken out before.
@@ -111,6 +114,9 @@ impl Destination {
             evidence: std::mem::take(evidence),
         };
         self.root = Some(ready.root);
+        // Before this a long pause may have been asked for, as stop-and-copy is. From here on the source waits for nothing but
+        // its own judgement, and resumes after one switchover.
+        self.held_until = Some(now + self.config.timing.switchover * SWITCHOVERS_HELD);
         self.state = State::AwaitCommit;
         self.send(now, Message::Ready(ready));
     }

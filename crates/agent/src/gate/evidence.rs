@@ -460,6 +460,10 @@ impl Agent {
         let work = move || match run_hook(&hook, &obstacles) {
             Ok(said) => {
                 info!(said, "the hook has remedied what it could");
+                // Counted from its end, too: what it could not remedy must not start one that takes long again at once.
+                if let Some(showing) = agent.gate.showing() {
+                    *super::lock(&showing.remedied) = Some(Instant::now());
+                }
                 agent.check_itself();
             }
             Err(error) => {

@@ -12,6 +12,7 @@ pub mod facts;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 pub mod measure;
+mod numa;
 mod process;
 pub mod qemu;
 mod ram_file;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::facts::kvm_opens;
-use crate::vm::{Accel, Machine};
+use crate::vm::{Accel, Machine, Region};
 
 /// Stands for the VM's directory in arguments that cross hosts.
 pub(crate) const VM_DIR: &str = "@VM_DIR@";
@@ -303,6 +303,21 @@ fn portable_object(value: &str) -> String {
         .join(",")
 }
 
+/// The arguments of an arriving VM with each part of its memory from the node chosen for it, where one is. Preferred and
+/// not bound: what does not fit there any more comes from elsewhere.
+pub(crate) fn placed(args: &[String], regions: &[Region], nodes: &[Option<u32>]) -> Vec<String> {
+    let mut args = args.to_vec();
+    for (region, node) in regions.iter().zip(nodes) {
+        let is_it = |value: &&mut String| {
+            value.contains("memory-backend-") && has_key(value, "id", &region.name)
+        };
+        if let (Some(node), Some(value)) = (node, args.iter_mut().find(is_it)) {
+            value.push_str(&format!(",host-nodes={node},policy=preferred"));
+        }
+    }
+    args
+}
+
 /// Replaces the machine type by its version, so that another release of QEMU builds the same machine.
 fn versioned(value: &str, machine: &str) -> String {
     let mut keys: Vec<String> = value.split(',').map(str::to_owned).collect();
@@ -320,6 +335,25 @@ mod tests {
 
     fn args(line: &str) -> Vec<String> {
         line.split_ascii_whitespace().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn memory_comes_from_the_nodes_chosen_and_the_next_host_is_not_told() {
+        let line = "-m 96 -object memory-backend-memfd,id=ram0,size=64M,share=on -object rng-random,id=ram1 \
+                    -object memory-backend-memfd,id=ram1,size=32M,share=on -numa node,memdev=ram0";
+        let region = |name: &str| Region {
+            name: name.to_owned(),
+            size_bytes: 1,
+        };
+        let regions = [region("ram0"), region("ram1"), region("ram2")];
+        let placed = placed(&args(line), &regions, &[None, Some(3), Some(1)]);
+        let expected = line.replace(
+            "size=32M,share=on",
+            "size=32M,share=on,host-nodes=3,policy=preferred",
+        );
+        assert_eq!(placed, args(&expected));
+        let next = portable(&placed, Path::new("/vm"), "q35");
+        assert_eq!(next[..next.len() - 2], args(line));
     }
 
     #[test]

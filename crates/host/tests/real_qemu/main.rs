@@ -6,5 +6,6 @@ mod life;
 mod measure;
 mod migration;
 mod missing;
+mod numa;
 mod throttling;
 mod tracking;

@@ -2,6 +2,7 @@
 
 mod clearance;
 mod fault_wait;
+mod pages;
 mod vm_worker;
 
 use std::collections::HashMap;
@@ -21,7 +22,7 @@ use palanquin_engine::source::{
     AbortDisposition, Ending, Failure, Op, RoundMark, Source, SourceAction, SourceDone, SourcePhase,
 };
 use palanquin_engine::{Message, Time};
-use palanquin_host::vm::{GuestRam, Throttle, Vm, WriteTracker};
+use palanquin_host::vm::{Throttle, Vm, WriteTracker};
 use tracing::{debug, info, warn};
 
 use self::fault_wait::fault_wait;
@@ -365,7 +366,7 @@ impl SourceSession {
                 self.report(op, Ok(root.map_or(SourceDone::NoRoot, SourceDone::Root)));
             }
             SourceAction::CloseStreams => self.close_streams(),
-            SourceAction::Pause(op) => self.pause(op),
+            SourceAction::Pause { op, post_copy } => self.pause(op, post_copy),
             SourceAction::SaveDeviceState(op) => self.worker.give(VmJob::Save(op)),
             SourceAction::Resume(op) => self.worker.give(VmJob::Resume(op)),
             SourceAction::Erase(op) => self.worker.give(VmJob::Erase(op)),
@@ -538,27 +539,6 @@ impl SourceSession {
         }
     }
 
-    fn peek(&mut self) -> Result<PageSet, Failure> {
-        let (Some(tracker), Some(layout)) = (&mut self.tracker, &self.params.layout) else {
-            return Err(missing("tracking"));
-        };
-        let mut pages = PageSet::empty(layout);
-        tracker
-            .peek(&mut |region, range| pages.insert(region, range))
-            .map_err(|error| failure("tracking", &error))?;
-        Ok(pages)
-    }
-
-    fn find_data(&self) -> Result<PageSet, Failure> {
-        let (Some(vm), Some(layout)) = (&self.vm, &self.params.layout) else {
-            return Err(missing("VM"));
-        };
-        let ram = vm.ram().map_err(|error| failure("memory", &error))?;
-        let mut pages = PageSet::empty(layout);
-        insert_data(ram.as_ref(), &mut pages)?;
-        Ok(pages)
-    }
-
     fn set_throttle(&mut self, share: f64) {
         if share >= 1.0 {
             self.throttle = None;
@@ -599,28 +579,6 @@ impl SourceSession {
         Ok(())
     }
 
-    fn collect(&mut self, first: bool) -> Result<PageSet, Failure> {
-        let (Some(tracker), Some(layout), Some(vm)) =
-            (&mut self.tracker, &self.params.layout, &self.vm)
-        else {
-            return Err(missing("tracking"));
-        };
-        let mut pages = PageSet::empty(layout);
-        tracker
-            .collect(&mut |region, range| {
-                if !first {
-                    pages.insert(region, range);
-                }
-            })
-            .map_err(|error| failure("tracking", &error))?;
-        if first {
-            // Tracking is armed now: what is filled from here on is collected later, holes are never touched.
-            let ram = vm.ram().map_err(|error| failure("memory", &error))?;
-            insert_data(ram.as_ref(), &mut pages)?;
-        }
-        Ok(pages)
-    }
-
     fn send_pages(&mut self, op: Op, pages: &PageSet, round: u32, then: RoundMark) {
         let Some(streams) = self.open_streams_now() else {
             return self.report(op, Err(missing("streams")));
@@ -644,11 +602,12 @@ impl SourceSession {
         self.expect_jobs(op, jobs);
     }
 
-    fn pause(&mut self, op: Op) {
+    fn pause(&mut self, op: Op, post_copy: bool) {
         match self.open_streams_now().map(|s| s.device_state(op)) {
             Some(out) => {
                 self.saving = Some(op);
-                self.worker.give(VmJob::Pause(op, out));
+                let look = self.params.layout.clone().filter(|_| post_copy);
+                self.worker.give(VmJob::Pause(op, out, look));
             }
             None => self.report(op, Err(missing("streams"))),
         }
@@ -862,17 +821,6 @@ impl SourceSession {
 }
 
 /// Adds the pages that hold data.
-fn insert_data(ram: &dyn GuestRam, pages: &mut PageSet) -> Result<(), Failure> {
-    for region in 0..ram.regions().len() {
-        let extents = ram.data_extents(region);
-        for extent in extents.map_err(|error| failure("memory", &error))? {
-            let first = extent.start / PAGE_BYTES;
-            pages.insert(region, first..extent.end.div_ceil(PAGE_BYTES));
-        }
-    }
-    Ok(())
-}
-
 fn channel_reason(error: &ChannelError) -> Reason {
     // The other end's verdict on our certificate arrives with its first answer (RFC 8446, section 4.4.2.4).
     let code = match error {

@@ -86,7 +86,7 @@ fn play_until_commit(source: &mut Source) {
             | SourceAction::Judge { op, .. }
             | SourceAction::Journal(op, _)
             | SourceAction::StartTracking(op)
-            | SourceAction::Pause(op) => done(source, op),
+            | SourceAction::Pause { op, .. } => done(source, op),
             SourceAction::Send(Message::Commit(_)) => return,
             SourceAction::Send(_) => {}
             other => panic!("not expected: {other:?}"),

@@ -142,7 +142,9 @@ impl Play {
                 } => self.given = Some((op, pages, then)),
                 SourceAction::Journal(op, _)
                 | SourceAction::StartTracking(op)
-                | SourceAction::Pause(op) => source.handle_done(now, op, Ok(SourceDone::Done)),
+                | SourceAction::Pause { op, .. } => {
+                    source.handle_done(now, op, Ok(SourceDone::Done))
+                }
                 SourceAction::Resume(_) => self.resumed = true,
                 _ => {}
             }

@@ -225,6 +225,10 @@ pub trait Vm: Send + Sync {
     /// does so before anything else that asks the hypervisor: that may wait for a page too, and answers nobody until then.
     fn miss_pages(&self) -> Result<Arc<dyn MissingPages>, Error>;
 
+    /// Makes ready what [`Vm::miss_pages`] needs, so that the pause is shorter. Nothing waits before that; where it never comes,
+    /// [`Vm::settle`] takes this back. For an incoming container; idempotent.
+    fn prepare_to_miss(&self) -> Result<(), Error>;
+
     /// Why [`Vm::miss_pages`] would not work here, all at once; empty when it would. For a container or a VM whose
     /// pages are all here.
     fn post_copy_obstacles(&self) -> Result<Vec<Obstacle>, Error>;
@@ -253,6 +257,13 @@ pub trait Vm: Send + Sync {
 
     /// Makes ready what `save_device_state` needs, so that the pause is shorter. Idempotent.
     fn prepare_to_save(&self) -> Result<(), Error>;
+
+    /// Pages (region, page in units of [`PAGE_SIZE`]) that devices will look into while their state is loaded, as far as the
+    /// hypervisor tells within 100 ms. Only a hint, so that they need not be waited for one after the other under post-copy:
+    /// it may name too few, or none.
+    fn device_pages(&self) -> Vec<(usize, u64)> {
+        Vec::new()
+    }
 
     /// Writes the state of CPUs and devices of a paused VM to `to` while it is being saved; `limit_bytes` bounds it. After
     /// [`Vm::pause_to_save`] only the rest, and that limit counts. An error of `to` ends it. Once it has returned well, the

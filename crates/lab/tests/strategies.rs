@@ -76,6 +76,8 @@ fn post_copy_runs_the_vm_before_its_pages_are_there_and_they_all_arrive() -> Res
             info.pages_demanded > 0 && info.fault_wait.is_some(),
             "{info:?}"
         );
+        let ahead = |why: &str| why.contains("devices look into");
+        ensure!(info.decisions.iter().any(|d| ahead(&d.why)), "{info:?}");
     }
     Ok(())
 }

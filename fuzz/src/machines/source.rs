@@ -397,6 +397,13 @@ impl Player {
         Ok(pages)
     }
 
+    fn paused(&self, u: &mut Unstructured<'_>) -> Result<SourceDone> {
+        Ok(SourceDone::Paused {
+            since: Duration::from_micros(u.arbitrary()?),
+            looked_into: u.arbitrary::<bool>()?.then(|| self.pages(u)).transpose()?,
+        })
+    }
+
     fn any_done(&self, u: &mut Unstructured<'_>) -> Result<SourceDone> {
         Ok(match u.int_in_range(0..=6)? {
             6 => SourceDone::Vouched(vec![1; 70_000 * usize::from(u.arbitrary::<bool>()?)]),
@@ -407,7 +414,7 @@ impl Player {
                 sha256: Sha256([1; 32]),
             },
             3 => SourceDone::Root(messages::root(u)?),
-            4 => SourceDone::Paused(Duration::from_micros(u.arbitrary()?)),
+            4 => self.paused(u)?,
             _ => SourceDone::NoRoot,
         })
     }
@@ -457,7 +464,7 @@ impl Player {
                 SourceDone::Done
             }
             Kind::Pages => SourceDone::Collected(self.pages(u)?),
-            Kind::Pause => SourceDone::Paused(Duration::from_micros(u.arbitrary()?)),
+            Kind::Pause => self.paused(u)?,
             Kind::Save => SourceDone::DeviceState {
                 bytes: 9,
                 sha256: Sha256([1; 32]),
@@ -674,7 +681,7 @@ impl Player {
                 assert!(!block.is_empty());
                 self.wait(op, Kind::Sent);
             }
-            SourceAction::Pause(op) => {
+            SourceAction::Pause { op, .. } => {
                 assert!(!seen.committed);
                 assert!(seen.connected, "paused, and nobody takes the VM");
                 assert!(seen.challenged, "paused, and nobody is asked");

@@ -249,6 +249,10 @@ impl Work {
         }
         vm.prepare_to_load()
             .map_err(|error| failure("container", &error))?;
+        if post_copy {
+            vm.prepare_to_miss()
+                .map_err(|error| failure("container", &error))?;
+        }
         let shows = self.agent.gate.shows_something();
         let empty = shows.then(|| measure::empty(ram.as_ref())).transpose();
         let empty = empty.map_err(|error| failure("container-not-empty", &error))?;

@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 use palanquin_engine::message::Reason;
+use palanquin_engine::pages::{PageSet, RamLayout};
 use palanquin_engine::source::{Failure, Op, SourceDone};
 use palanquin_host::vm::{RunState, Vm};
 use tracing::debug;
@@ -17,8 +18,9 @@ use crate::streams_out::DeviceStateOut;
 
 /// Something to do with the VM.
 pub(super) enum VmJob {
-    /// Pause it, and save what can be saved before that to the first stream.
-    Pause(Op, DeviceStateOut),
+    /// Pause it, and save what can be saved before that to the first stream. With the layout of its RAM: tell what devices
+    /// look into.
+    Pause(Op, DeviceStateOut, Option<RamLayout>),
     /// Save the rest to it.
     Save(Op),
     Resume(Op),
@@ -73,7 +75,7 @@ impl Work {
     fn run(mut self, jobs: &Receiver<VmJob>) {
         while let Ok(job) = jobs.recv() {
             let event = match job {
-                VmJob::Pause(op, out) => SourceEvent::Vm(op, self.pause(out)),
+                VmJob::Pause(op, out, look) => SourceEvent::Vm(op, self.pause(out, look)),
                 VmJob::Save(op) => SourceEvent::Vm(op, self.save()),
                 VmJob::Resume(op) => SourceEvent::Vm(op, self.resume()),
                 VmJob::Erase(op) => SourceEvent::Vm(op, self.erase()),
@@ -91,15 +93,20 @@ impl Work {
         })
     }
 
-    fn pause(&mut self, mut out: DeviceStateOut) -> Result<SourceDone, Failure> {
-        let paused_for = self
-            .vm()?
+    fn pause(
+        &mut self,
+        mut out: DeviceStateOut,
+        look: Option<RamLayout>,
+    ) -> Result<SourceDone, Failure> {
+        let vm = self.vm()?;
+        let looked_into = look.map(|layout| looked_into(vm.as_ref(), &layout));
+        let since = vm
             .pause_to_save(self.state_limit, &mut Early(&mut out))
             .map_err(|error| failure("pause", &error))?;
         out.paused();
         fail_point("source-paused");
         self.out = Some(out);
-        Ok(SourceDone::Paused(paused_for))
+        Ok(SourceDone::Paused { since, looked_into })
     }
 
     fn save(&mut self) -> Result<SourceDone, Failure> {
@@ -147,6 +154,17 @@ impl Work {
             _ => Ok(SourceDone::Done),
         }
     }
+}
+
+/// What devices look into, as far as the hypervisor tells.
+fn looked_into(vm: &dyn Vm, layout: &RamLayout) -> PageSet {
+    let mut pages = PageSet::empty(layout);
+    for (region, page) in vm.device_pages() {
+        if region < layout.regions() && page < layout.pages(region) {
+            pages.insert(region, page..page + 1);
+        }
+    }
+    pages
 }
 
 /// The device state while the VM may still run.

@@ -129,7 +129,13 @@ pub enum SourceAction {
     },
     /// Stop the virtual CPUs, then report for how long they have been. What of the device state can be saved before that may be
     /// given to the first stream already.
-    Pause(Op),
+    Pause {
+        /// To report with.
+        op: Op,
+        /// Whether pages may be missing while devices are loaded there: those that devices look into are wanted, where
+        /// the hypervisor tells.
+        post_copy: bool,
+    },
     /// Save the (rest of the) device state and give it to the first stream piece by piece while it is being saved; then
     /// report the length and digest of all of it. Until it is reported as done the VM may begin to run again by itself: then
     /// it is reported as failed.
@@ -173,8 +179,14 @@ pub enum SourceDone {
     Done,
     /// The credentials asked for, at most [`CREDENTIALS_MAX`](crate::message::CREDENTIALS_MAX) bytes.
     Vouched(Vec<u8>),
-    /// The VM is paused, for so long already. [`Self::Done`] means: perhaps since it was asked for.
-    Paused(Duration),
+    /// The VM is paused. [`Self::Done`] means: perhaps since it was asked for, and nothing more is known.
+    Paused {
+        /// For so long already.
+        since: Duration,
+        /// Pages that devices look into while their state is loaded, as far as is known. A hint: it may name too many, too
+        /// few, or be absent.
+        looked_into: Option<PageSet>,
+    },
     /// The pages asked for.
     Collected(PageSet),
     /// The device state is saved, and was given to the first stream.

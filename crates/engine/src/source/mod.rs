@@ -644,10 +644,12 @@ impl Source {
                 }
             }
             (State::Pausing { op: expected, .. }, SourceDone::Done) if *expected == op => {
-                self.paused(now, Duration::MAX);
+                self.paused(now, Duration::MAX, None);
             }
-            (State::Pausing { op: expected, .. }, SourceDone::Paused(since)) if *expected == op => {
-                self.paused(now, since);
+            (State::Pausing { op: expected, .. }, SourceDone::Paused { since, looked_into })
+                if *expected == op =>
+            {
+                self.paused(now, since, looked_into);
             }
             (State::Draining(_), done) if !is_post_copy => self.drained(now, op, done),
             (State::AwaitReady { root_op, root, .. }, SourceDone::Root(computed))

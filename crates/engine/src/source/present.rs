@@ -125,13 +125,14 @@ impl Source {
             },
             State::Draining(draining) => {
                 draining.save == op
+                    || draining.ahead == Some(op)
                     || self.is_post_copy(op)
                     || match &draining.pages {
                         DrainingPages::Collecting { op: expected, .. }
                         | DrainingPages::Sending(expected)
                         | DrainingPages::Rechecking(expected)
                         | DrainingPages::Last(expected) => *expected == op,
-                        DrainingPages::Sent => false,
+                        DrainingPages::Sent | DrainingPages::Ended => false,
                     }
             }
             State::Redialling(redialling) => redialling.works_at(op),

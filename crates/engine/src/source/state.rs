@@ -160,6 +160,10 @@ pub(super) struct Draining {
     pub(super) pages: DrainingPages,
     /// Whether the last pages are sent after the switchover.
     pub(super) post_copy: bool,
+    /// What devices look into while they are loaded, until it is sent.
+    pub(super) looked_into: Option<PageSet>,
+    /// Sending that.
+    pub(super) ahead: Option<Op>,
 }
 
 #[derive(Clone, Debug, Hash)]
@@ -173,6 +177,7 @@ pub(super) enum DrainingPages {
     /// The destination loads meanwhile. Saving the device state may write guest memory: look once more.
     Rechecking(Op),
     Last(Op),
+    Ended,
 }
 
 #[derive(Clone, Debug, Hash)]

@@ -202,7 +202,8 @@ impl Source {
         };
         self.deadline = Some(now + allowed.max(self.config.timing.switchover));
         self.challenge_again(now);
-        self.actions.push_back(SourceAction::Pause(op));
+        self.actions
+            .push_back(SourceAction::Pause { op, post_copy });
     }
 
     fn begin_round(&mut self, pages: u64) {
@@ -221,8 +222,9 @@ impl Source {
         }
     }
 
-    /// The VM has been paused for this long, at most since it was asked for.
-    pub(super) fn paused(&mut self, now: Time, since: Duration) {
+    /// The VM has been paused for this long, at most since it was asked for. Devices look into these pages when they are
+    /// loaded.
+    pub(super) fn paused(&mut self, now: Time, since: Duration, looked_into: Option<PageSet>) {
         let State::Pausing {
             pending,
             began,
@@ -240,6 +242,8 @@ impl Source {
             save,
             saved: None,
             post_copy,
+            looked_into,
+            ahead: None,
             pages: DrainingPages::Collecting { op, pending },
         });
         // Saving first: it is done elsewhere, and what it writes meanwhile is looked for when it has ended.
@@ -253,7 +257,6 @@ impl Source {
         let State::Draining(draining) = &mut self.state else {
             return;
         };
-        let post_copy = draining.post_copy;
         match (&mut draining.pages, done) {
             (_, SourceDone::DeviceState { bytes, sha256 }) if draining.save == op => {
                 draining.saved = Some((bytes, sha256));
@@ -266,7 +269,9 @@ impl Source {
                 SourceDone::Collected(mut pages),
             ) if *expected == op => {
                 pages.union(pending);
-                return self.drain(pages, post_copy);
+                let post_copy = draining.post_copy;
+                let looked_into = draining.looked_into.take();
+                return self.drain(pages, post_copy, looked_into);
             }
             (DrainingPages::Sending(expected), SourceDone::Done) if *expected == op => {
                 draining.pages = DrainingPages::Sent;
@@ -278,13 +283,16 @@ impl Source {
                 return self.end_rounds(pages);
             }
             (DrainingPages::Last(expected), SourceDone::Done) if *expected == op => {
-                if let Some((bytes, sha256)) = draining.saved {
-                    let save = draining.save;
-                    self.seal(now, save, bytes, sha256);
-                }
-                return;
+                draining.pages = DrainingPages::Ended;
             }
+            (_, SourceDone::Done) if draining.ahead == Some(op) => draining.ahead = None,
             _ => {}
+        }
+        if let (DrainingPages::Ended, None, Some((bytes, sha256))) =
+            (&draining.pages, draining.ahead, draining.saved)
+        {
+            let save = draining.save;
+            return self.seal(now, save, bytes, sha256);
         }
         if draining.saved.is_some() && matches!(draining.pages, DrainingPages::Sent) {
             let op = Op(self.next_op);
@@ -296,20 +304,29 @@ impl Source {
     }
 
     /// Sends what was written until the pause, or tells that it comes later.
-    fn drain(&mut self, pages: PageSet, post_copy: bool) {
-        let op = self.op();
+    fn drain(&mut self, mut pages: PageSet, post_copy: bool, looked_into: Option<PageSet>) {
         if post_copy {
             self.begin_round(0);
             // Also what was never sent: a page that was may have brought zeros in for its neighbours, where the
             // destination's kernel gives out huge pages.
-            let stale = match &self.touched {
+            let mut stale = match &self.touched {
                 Some(_) => pages.clone(),
                 None => PageSet::empty(pages.layout()),
             };
+            let looked_into = looked_into.filter(|ahead| ahead.layout() == pages.layout());
+            if let Some(mut ahead) = looked_into {
+                ahead.intersect(&pages);
+                pages.subtract(&ahead);
+                stale.subtract(&ahead);
+                self.send_ahead(ahead);
+            }
+            let op = self.op();
+            self.draining_pages(DrainingPages::Sending(op));
             self.post_copy = Some(PostCopy::new(pages));
             self.actions
                 .push_back(SourceAction::SendStale { op, pages: stale });
         } else {
+            let op = self.op();
             self.begin_round(pages.len());
             self.count_resent(&pages);
             self.actions.push_back(SourceAction::SendPages {
@@ -318,10 +335,38 @@ impl Source {
                 round: self.progress.rounds,
                 then: RoundMark::Drained,
             });
+            self.draining_pages(DrainingPages::Sending(op));
         }
+    }
+
+    fn draining_pages(&mut self, pages: DrainingPages) {
         if let State::Draining(draining) = &mut self.state {
-            draining.pages = DrainingPages::Sending(op);
+            draining.pages = pages;
         }
+    }
+
+    /// Post-copy: sends what devices look into ahead of their state. Each of these pages would be asked for, one after the
+    /// other, while the VM stands still. Nobody waits until they have left: the end of the last round comes behind them.
+    fn send_ahead(&mut self, pages: PageSet) {
+        if pages.is_empty() {
+            return;
+        }
+        self.note(&format!(
+            "{} pages that devices look into are sent ahead",
+            pages.len()
+        ));
+        self.progress.round_pages += pages.len();
+        self.count_resent(&pages);
+        let op = self.op();
+        if let State::Draining(draining) = &mut self.state {
+            draining.ahead = Some(op);
+        }
+        self.actions.push_back(SourceAction::SendPages {
+            op,
+            pages,
+            round: self.progress.rounds,
+            then: RoundMark::None,
+        });
     }
 
     /// Sends what saving the device state has written, and ends the last round. These pages are complete before the VM
@@ -345,9 +390,7 @@ impl Source {
             round: self.progress.rounds,
             then: RoundMark::Last,
         });
-        if let State::Draining(draining) = &mut self.state {
-            draining.pages = DrainingPages::Last(op);
-        }
+        self.draining_pages(DrainingPages::Last(op));
     }
 
     pub(super) fn seal(&mut self, now: Time, save: Op, bytes: u64, sha256: Sha256) {

@@ -235,7 +235,7 @@ impl World {
                 self.outcome.bytes += pages.bytes();
                 self.done(op, SHORT);
             }
-            SourceAction::Pause(op) => {
+            SourceAction::Pause { op, .. } => {
                 self.guest.share = 0.0;
                 self.paused = Some(self.now);
                 self.done(op, SHORT);

@@ -91,6 +91,29 @@ impl QemuMissing {
         })
     }
 
+    /// Does now what takes longest of [`QemuMissing::start`], which finds it then. Nothing waits before that.
+    pub(super) fn prepare(
+        process: &Process,
+        monitor: &Monitor,
+        ram: &QemuRam,
+        vm_dir: &Path,
+    ) -> Result<(), Error> {
+        if !left(process)?.is_empty() {
+            return Ok(());
+        }
+        record::write(vm_dir, process, ram)?;
+        make(process, monitor, Keep::Open, |uffd| {
+            uffd::enable(uffd, uffd::MISS_PAGES)
+        })
+        .map(drop)
+    }
+
+    /// Takes that back.
+    pub(super) fn unprepare(process: &Process, vm_dir: &Path) -> Result<(), Error> {
+        close_left(process)?;
+        record::remove(vm_dir)
+    }
+
     /// The proof that [`QemuMissing::start`] will work: to do it for a moment.
     pub(super) fn probe(
         process: &Process,

@@ -10,6 +10,7 @@ mod program;
 mod qmp;
 mod ram;
 mod record;
+mod rings;
 mod state;
 mod storage;
 mod text;
@@ -34,6 +35,7 @@ use self::vm::QemuVm;
 use crate::Error;
 use crate::facts;
 use crate::measure::Meter;
+use crate::numa;
 use crate::process::{Process, boot_id, wait_child};
 use crate::sys::session;
 use crate::throttle;
@@ -64,6 +66,7 @@ pub struct Qemu {
     allowed_paths: Vec<PathBuf>,
     confinement: Confinement,
     meter: Arc<Meter>,
+    nodes_dir: PathBuf,
 }
 
 impl Qemu {
@@ -74,7 +77,15 @@ impl Qemu {
             allowed_paths,
             confinement: Confinement::default(),
             meter: Arc::default(),
+            nodes_dir: numa::NODES_DIR.into(),
         }
+    }
+
+    /// Reads what memory nodes there are in another directory than the kernel's.
+    #[must_use]
+    pub fn with_nodes_of(mut self, dir: PathBuf) -> Self {
+        self.nodes_dir = dir;
+        self
     }
 
     /// Measures what is started, with a meter that others use too.
@@ -151,6 +162,21 @@ impl Qemu {
                     }
                 }
             }
+        }
+    }
+
+    /// Starts a container whose memory comes from a node that has room for it, where this machine has several.
+    fn start_placed(&self, descriptor: &Descriptor, vm_dir: &Path) -> Result<QemuVm, Error> {
+        let parts = descriptor.regions.iter().map(|region| region.size_bytes);
+        let nodes = numa::choose(&numa::nodes(&self.nodes_dir), parts);
+        let arguments = command_line::placed(&descriptor.arguments, &descriptor.regions, &nodes);
+        match self.start(&arguments, vm_dir, true) {
+            // It may have been built without support for nodes.
+            Err(Error::Start { log }) if arguments != descriptor.arguments => {
+                tracing::warn!(log, "QEMU does not start with memory of chosen nodes");
+                self.start(&descriptor.arguments, vm_dir, true)
+            }
+            started => started,
         }
     }
 
@@ -284,7 +310,7 @@ impl Hypervisor for Qemu {
         if !obstacles.is_empty() {
             return Err(PrepareError::Blocked(obstacles));
         }
-        let vm = match self.start(&descriptor.arguments, vm_dir, true) {
+        let vm = match self.start_placed(descriptor, vm_dir) {
             Ok(vm) => vm,
             Err(Error::Start { log }) => {
                 return Err(PrepareError::Blocked(vec![obstacle(

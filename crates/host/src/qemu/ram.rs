@@ -15,7 +15,7 @@ use super::text::{guest_address, large_others};
 use crate::Error;
 use crate::process::Process;
 use crate::ram_file::RamFile;
-use crate::vm::{GuestRam, Region, Sharing, Window};
+use crate::vm::{GuestRam, PAGE_SIZE, Region, Sharing, Window};
 
 /// Largest RAM block beside the backends: video memory and firmware.
 const OTHER_BLOCK_MAX: u64 = 32 << 20;
@@ -102,12 +102,9 @@ impl QemuRam {
             let (gpa, offset) = guest_address(&tree, &name).ok_or_else(|| {
                 Error::Ram(format!("backend {name:?} is not mapped into the guest"))
             })?;
-            let answer = human(monitor, &format!("gpa2hva {gpa:#x}"))?;
-            let host = answer
-                .rsplit_once(" is 0x")
-                .and_then(|(_, hex)| u64::from_str_radix(hex.trim(), 16).ok())
+            let host = host_address(monitor, gpa)?
                 .and_then(|host| host.checked_sub(offset))
-                .ok_or_else(|| Error::Ram(format!("no address for {name:?}: {}", answer.trim())))?;
+                .ok_or_else(|| Error::Ram(format!("backend {name:?} has no address in QEMU")))?;
             let here = mappings.iter().find(|m| m.range().contains(&host));
             let file = here
                 .filter(|m| m.shared && m.file.inode != 0)
@@ -161,6 +158,16 @@ impl QemuRam {
     pub(super) fn mappings(&self) -> impl Iterator<Item = (usize, &Mapping)> {
         let backends = self.backends.iter().enumerate();
         backends.flat_map(|(region, backend)| backend.mappings.iter().map(move |m| (region, m)))
+    }
+
+    /// Region and page of what the process has mapped at this address.
+    pub(super) fn page_at(&self, address: u64) -> Option<(usize, u64)> {
+        self.mappings()
+            .find(|(_, mapping)| mapping.range().contains(&address))
+            .map(|(region, mapping)| {
+                let offset = address - mapping.address + mapping.offset;
+                (region, offset / PAGE_SIZE)
+            })
     }
 
     fn backend(&self, region: usize) -> Result<&Backend, Error> {
@@ -268,6 +275,13 @@ fn open_by_id(pid: u32, id: FileId) -> Result<Option<File>, Error> {
         }
     }
     Ok(None)
+}
+
+/// Where QEMU has guest-physical memory mapped, if it is memory.
+pub(super) fn host_address(monitor: &Monitor, gpa: u64) -> Result<Option<u64>, Error> {
+    let answer = human(monitor, &format!("gpa2hva {gpa:#x}"))?;
+    let hex = answer.rsplit_once(" is 0x").map(|(_, hex)| hex.trim());
+    Ok(hex.and_then(|hex| u64::from_str_radix(hex, 16).ok()))
 }
 
 fn human(monitor: &Monitor, line: &str) -> Result<String, Error> {

@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ use super::obstacle;
 use super::qmp::Monitor;
 use super::ram::QemuRam;
 use super::record;
+use super::rings;
 use super::state::{self, Saving};
 use super::storage::direct_disks;
 use super::tracker::QemuTracker;
@@ -33,6 +35,8 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 const QUIT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest wait for QEMU to finish its migration before it can resume.
 const FINALIZE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long we look for what devices look into. The VM runs meanwhile.
+const RINGS_PATIENCE: Duration = Duration::from_millis(100);
 const CPU_WORDS_MAX: usize = 256;
 const CPUS_MAX: usize = 4096;
 
@@ -47,6 +51,8 @@ pub(crate) struct QemuVm {
     outgoing: Mutex<Option<UnixStream>>,
     /// What of the state is saved already.
     saving: Mutex<Option<Saving>>,
+    /// Pages may be missed soon, and are not yet.
+    ready_to_miss: AtomicBool,
 }
 
 impl QemuVm {
@@ -60,6 +66,7 @@ impl QemuVm {
             incoming: Mutex::new(None),
             outgoing: Mutex::new(None),
             saving: Mutex::new(None),
+            ready_to_miss: AtomicBool::new(false),
         }
     }
 
@@ -383,8 +390,17 @@ impl Vm for QemuVm {
         Ok(Box::new(self.or_gone(tracker)?))
     }
 
+    fn prepare_to_miss(&self) -> Result<(), Error> {
+        let ram = self.qemu_ram()?;
+        let prepared = QemuMissing::prepare(&self.process, &self.monitor, &ram, &self.dir);
+        self.or_gone(prepared)?;
+        self.ready_to_miss.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
     fn miss_pages(&self) -> Result<Arc<dyn MissingPages>, Error> {
         let ram = self.qemu_ram()?;
+        self.ready_to_miss.store(false, Ordering::Relaxed);
         let started = QemuMissing::start(&self.process, &self.monitor, &ram, &self.dir);
         Ok(Arc::new(self.or_gone(started)?))
     }
@@ -518,6 +534,12 @@ impl Vm for QemuVm {
         Ok(())
     }
 
+    fn device_pages(&self) -> Vec<(usize, u64)> {
+        self.qemu_ram()
+            .map(|ram| rings::pages(&self.monitor, &ram, RINGS_PATIENCE))
+            .unwrap_or_default()
+    }
+
     fn save_device_state(&self, limit_bytes: u64, to: &mut dyn Write) -> Result<(), Error> {
         let begun = self.saving().take();
         let is_begun = begun.is_some();
@@ -560,6 +582,11 @@ impl Vm for QemuVm {
     fn settle(&self) {
         state::describe(&self.monitor, true);
         state::disable(&self.monitor);
+        if self.ready_to_miss.swap(false, Ordering::Relaxed)
+            && let Err(error) = QemuMissing::unprepare(&self.process, &self.dir)
+        {
+            tracing::debug!(%error, "a descriptor stays open in QEMU");
+        }
     }
 
     fn terminate(&self) -> Result<(), Error> {

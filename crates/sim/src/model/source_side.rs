@@ -108,7 +108,7 @@ impl World {
                 self.source.judging = None;
             }
             SourceAction::Throttle(_) => {}
-            SourceAction::Pause(op) => self.source.jobs.push_back((op, VmJob::Pause)),
+            SourceAction::Pause { op, .. } => self.source.jobs.push_back((op, VmJob::Pause)),
             SourceAction::SaveDeviceState(op) => self.source.jobs.push_back((op, VmJob::Save)),
             SourceAction::Resume(op) => self.source.jobs.push_back((op, VmJob::Resume)),
             SourceAction::Erase(op) => self.source.jobs.push_back((op, VmJob::Erase)),

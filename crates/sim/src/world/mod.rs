@@ -139,7 +139,7 @@ enum Event {
 
 #[derive(Clone, Copy, Debug)]
 enum VmJob {
-    Pause(Op),
+    Pause(Op, bool),
     Save(Op),
     Resume(Op),
     Erase(Op),

@@ -121,6 +121,25 @@ impl World {
         }
     }
 
+    /// A hypervisor tells what its devices look into, or does not.
+    fn paused(&mut self, post_copy: bool) -> SourceDone {
+        if self.random.one_in(2) {
+            return SourceDone::Done;
+        }
+        let looked_into = post_copy.then(|| {
+            let mut pages = PageSet::empty(&self.layout);
+            for _ in 0..self.random.below(4) {
+                let page = self.random.below(PAGES);
+                pages.insert(0, page..page + 1);
+            }
+            pages
+        });
+        SourceDone::Paused {
+            since: Duration::ZERO,
+            looked_into,
+        }
+    }
+
     pub(super) fn source_job(&mut self) -> Result<(), String> {
         self.source_busy = false;
         let Some(job) = self.source_jobs.pop_front() else {
@@ -130,11 +149,11 @@ impl World {
         let fails = self.now < FAULTS_END && self.random.one_in(120);
         let alive = self.copies[0].is_some();
         let (op, result) = match job {
-            VmJob::Pause(op) | VmJob::Save(op) | VmJob::Resume(op) if fails || !alive => {
+            VmJob::Pause(op, _) | VmJob::Save(op) | VmJob::Resume(op) if fails || !alive => {
                 self.let_go();
                 (op, Err(failed(!alive)))
             }
-            VmJob::Pause(op) => {
+            VmJob::Pause(op, post_copy) => {
                 self.unsaved = true;
                 if self.random.one_in(2) {
                     self.put_on_wire(Event::EarlyState(self.source_end), false);
@@ -143,7 +162,7 @@ impl World {
                     copy.run = Run::Paused;
                     self.paused_memory = Some(copy.memory.clone());
                 }
-                (op, Ok(SourceDone::Done))
+                (op, Ok(self.paused(post_copy)))
             }
             VmJob::Save(op) => {
                 self.unsaved = false;
@@ -335,7 +354,9 @@ impl World {
                 let root = root(&self.sent_versions);
                 self.after(100, Event::SourceDone(life, op, Ok(SourceDone::Root(root))));
             }
-            SourceAction::Pause(op) => self.source_jobs.push_back(VmJob::Pause(op)),
+            SourceAction::Pause { op, post_copy } => {
+                self.source_jobs.push_back(VmJob::Pause(op, post_copy));
+            }
             SourceAction::SaveDeviceState(op) => self.source_jobs.push_back(VmJob::Save(op)),
             SourceAction::Resume(op) => self.source_jobs.push_back(VmJob::Resume(op)),
             SourceAction::Erase(op) => self.source_jobs.push_back(VmJob::Erase(op)),

@@ -143,7 +143,7 @@ impl Play {
                 SourceAction::Journal(op, _)
                 | SourceAction::StartTracking(op)
                 | SourceAction::Pause { op, .. } => {
-                    source.handle_done(now, op, Ok(SourceDone::Done))
+                    source.handle_done(now, op, Ok(SourceDone::Done));
                 }
                 SourceAction::Resume(_) => self.resumed = true,
                 _ => {}

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+pub use crate::probe::fuzzing::*;
 use crate::qemu::fuzzing::behind;
 pub use crate::qemu::fuzzing::*;
 

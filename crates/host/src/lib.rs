@@ -13,6 +13,7 @@ pub mod facts;
 pub mod fuzzing;
 pub mod measure;
 mod numa;
+pub mod probe;
 mod process;
 pub mod qemu;
 mod ram_file;

@@ -7,6 +7,7 @@ mod local;
 pub(crate) mod message;
 mod operator;
 mod page_set;
+mod probe;
 mod reduction;
 mod trust;
 mod watch;
@@ -47,6 +48,7 @@ pub(crate) const ALL: &[Target] = &[
     trust::EVIDENCE,
     trust::POLICIES,
     watch::WATCH,
+    probe::PROBE,
 ];
 
 /// Runs `work`, which may allocate at most that many bytes at a time.

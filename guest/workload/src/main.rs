@@ -1,4 +1,4 @@
-//! What runs inside a test guest: it writes memory at a set rate and verifies it, answers HTTP and
+//! What runs inside a test guest: it writes memory at a set rate and verifies it, answers HTTP, NTP and
 //! an echo port, keeps a sentence in memory for eavesdroppers to look for, and says on its console
 //! five times a second that it lives.
 //!
@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod canary;
+mod clock;
 mod console;
 mod memory;
 mod page;
@@ -52,6 +53,7 @@ fn run() -> Result<Infallible, String> {
     let memory = Memory::fill(&settings, available)?;
     let stats = Arc::new(Stats::new(boot_id.clone()));
     server::start(&stats)?;
+    clock::serve()?;
     console::line(&format!("palanquin-workload ready boot_id={boot_id}"));
 
     let of_worker = Arc::clone(&stats);

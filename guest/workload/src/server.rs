@@ -1,5 +1,6 @@
 //! What the guest offers its network: `GET /status` on port 80, an echo on port 7000, and on port
 //! 7001 a numbered line every 5 ms, by which a client measures how long the guest was away.
+//! `GET /load?seconds=N` keeps a CPU busy for that long, `GET /step?ms=N` sets the clock.
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -8,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::clock;
 use crate::stats::Stats;
 use crate::wait;
 
@@ -27,6 +29,8 @@ const HEAD: usize = 8192;
 const HTTP_DEADLINE: Duration = Duration::from_secs(10);
 /// How long an echo connection may be silent: longer than any migration of the tests.
 const ECHO_SILENCE: Duration = Duration::from_secs(3600);
+/// Longest load, in seconds.
+const LOAD_MAX: u64 = 600;
 /// Stack of a connection's thread; guests are small.
 const STACK: usize = 128 << 10;
 
@@ -89,15 +93,48 @@ fn answer(mut stream: TcpStream, status: &str) -> io::Result<()> {
         }
     }
     let (code, body) = route(&head[..used], status);
-    respond(&mut stream, code, body)
+    respond(&mut stream, code, &body)
 }
 
-fn route<'a>(head: &[u8], status: &'a str) -> (&'static str, &'a str) {
-    let mut words = head.split(|byte| matches!(byte, b' ' | b'\r'));
-    match (words.next(), words.next()) {
-        (Some(b"GET"), Some(b"/status")) => ("200 OK", status),
-        (Some(b"GET"), _) => ("404 Not Found", "{}"),
-        _ => ("405 Method Not Allowed", "{}"),
+fn route(head: &[u8], status: &str) -> (&'static str, String) {
+    const OK: &str = "200 OK";
+    let mut words = head
+        .split(|byte| matches!(byte, b' ' | b'\r'))
+        .map(|word| std::str::from_utf8(word).unwrap_or_default());
+    let (method, target) = (words.next(), words.next().unwrap_or_default());
+    if method != Some("GET") {
+        return ("405 Method Not Allowed", "{}".to_owned());
+    }
+    let refused = |why: String| ("400 Bad Request", format!("{{\"error\":{why:?}}}"));
+    if target == "/status" {
+        (OK, status.to_owned())
+    } else if let Some(seconds) = target.strip_prefix("/load?seconds=") {
+        match seconds.parse() {
+            Ok(seconds @ 1..=LOAD_MAX) => {
+                thread::spawn(move || load(Duration::from_secs(seconds)));
+                (OK, "{}".to_owned())
+            }
+            _ => refused(format!("a load is 1 to {LOAD_MAX} seconds")),
+        }
+    } else if let Some(ms) = target.strip_prefix("/step?ms=") {
+        let stepped = ms.parse().map_err(|_| "no number of ms".to_owned());
+        match stepped.and_then(clock::step) {
+            Ok(ms) => (OK, format!("{{\"stepped_ms\":{ms}}}")),
+            Err(why) => refused(why),
+        }
+    } else {
+        ("404 Not Found", "{}".to_owned())
+    }
+}
+
+/// Keeps a CPU busy.
+fn load(length: Duration) {
+    let end = Instant::now() + length;
+    let mut number = 1_u64;
+    while Instant::now() < end {
+        for _ in 0..10_000 {
+            number = std::hint::black_box(number.wrapping_mul(6_364_136_223_846_793_005) + 1);
+        }
     }
 }
 
@@ -149,6 +186,8 @@ mod tests {
         assert_eq!(code("GET / HTTP/1.1\r\n\r\n"), "404 Not Found");
         assert_eq!(code("POST /status HTTP/1.1\r\n"), "405 Method Not Allowed");
         assert_eq!(code("\r\n\r\n"), "405 Method Not Allowed");
+        assert_eq!(code("GET /load?seconds=0 HTTP/1.1\r\n"), "400 Bad Request");
+        assert_eq!(code("GET /step?ms=x HTTP/1.1\r\n"), "400 Bad Request");
     }
 
     #[test]

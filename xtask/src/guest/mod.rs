@@ -18,9 +18,9 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Modules for a network card under QEMU; most else is built in or not needed.
 const MODULES: [&str; 2] = ["virtio_pci", "virtio_net"];
 /// Applets of busybox that `guest/initramfs/init` and a curious developer use.
-const APPLETS: [&str; 16] = [
-    "sh", "cat", "dmesg", "free", "insmod", "ip", "ls", "mkdir", "mount", "ping", "ps", "sleep",
-    "tar", "top", "usleep", "wget",
+const APPLETS: [&str; 17] = [
+    "sh", "cat", "date", "dmesg", "free", "insmod", "ip", "ls", "mkdir", "mount", "ping", "ps",
+    "sleep", "tar", "top", "usleep", "wget",
 ];
 /// A disk is a whole number of sectors; this one is so large that no BIOS finds it odd.
 const PAYLOAD_BYTES: usize = 1 << 20;

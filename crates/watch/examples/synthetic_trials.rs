@@ -117,7 +117,7 @@ fn old_alarm(mut trial: Trial) -> bool {
             let begins = target == 0 && baseline.take(at, reading);
             is_alarmed |= begins && at >= from_s * 1_000_000;
         },
-        |_| {},
+        |_, _| false,
     );
     is_alarmed
 }

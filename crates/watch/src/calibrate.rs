@@ -9,14 +9,18 @@
 //! 3. Curves: other trials are scored with these tables; the share of migrations among trials of a score, migrations and all
 //!    else together counted as equally frequent, is fitted by isotonic regression.
 //! 4. The least score of an alarm: other quiet VM-days are watched with all of it, and the trials of step 3 in which a file
-//!    is copied; the score is raised until at most one alarm in ten VM-days is left, and none of a copy.
+//!    is copied; the score is raised until at most one alarm in ten VM-days is left, one of a hundred synthetic copies, and
+//!    none of a recorded copy.
 //!
-//! Here all traces are synthetic. Nothing in the steps depends on that.
+//! Quiet days are synthetic. Trials are synthetic and, where there are any, recorded sessions, of which each event counts as
+//! ten trials: half of the events for step 2, the other half for step 3, and all of them for step 4.
+
+use std::fmt::Write as _;
 
 use crate::calibration::{CURVE_POINTS, Calibration, Curve, SYMBOLS_MAX, Table, Thresholds};
 use crate::finding::{Channel, Class, Finding, Level, Stage};
 use crate::fusion::{self, Symbols, is_migration};
-use crate::observation::{Observation, Role};
+use crate::observation::{Observation, Reading, Role};
 use crate::synthetic::{Endpoint, Trial};
 use crate::watcher::{LATENESS_US, Watcher};
 
@@ -27,6 +31,14 @@ const DAY_S: u64 = 86_400;
 const LEARN_S: u64 = 600;
 /// As if each symbol had been seen that often under each class.
 const PRIOR: f64 = 0.5;
+
+/// An event that was recorded counts as so many synthetic trials.
+const RECORDED_WEIGHT: f64 = 10.0;
+
+/// What began so long before an event may still be of it: onsets are estimates.
+pub const ONSET_SLACK_S: f64 = 4.0;
+/// Share of the synthetic copies of files that may be alarms: a few outliers among them are not to decide on all.
+const COPIES: f64 = 0.01;
 
 /// How much is watched.
 #[derive(Clone, Copy, Debug)]
@@ -40,7 +52,11 @@ pub struct Effort {
 }
 
 /// Makes a calibration; `tell` hears how far it is.
-pub fn calibrate(effort: &Effort, mut tell: impl FnMut(&str)) -> Calibration {
+pub fn calibrate(
+    effort: &Effort,
+    recorded: &[Recorded],
+    mut tell: impl FnMut(&str),
+) -> Calibration {
     let mut calibration = Calibration::blank();
     let [rise, silence, clock] = thresholds(effort);
     (calibration.rise, calibration.silence, calibration.clock) = (rise, silence, clock);
@@ -58,11 +74,26 @@ pub fn calibrate(effort: &Effort, mut tell: impl FnMut(&str)) -> Calibration {
         }
         tell(&format!("tables: {}", class.name()));
     }
+    for (_, of) in events(recorded, &calibration, 0) {
+        for snapshot in &of.snapshots {
+            counts[snapshot.stage as usize].add(of.class, snapshot);
+        }
+    }
     calibration.early = counts[0].table();
     calibration.full = counts[1].table();
     let mut scores = [Vec::new(), Vec::new()];
+    let of_sessions: Vec<Snapshots> = events(recorded, &calibration, 1)
+        .map(|(_, of)| of)
+        .collect();
     for class in Class::ALL {
         let mut of_class = [Vec::new(), Vec::new()];
+        for of in of_sessions.iter().filter(|of| of.class == class) {
+            for snapshot in &of.snapshots {
+                let stage = snapshot.stage;
+                let score = fusion::weigh(&calibration, stage, &snapshot.symbols).score;
+                of_class[stage as usize].push((score, snapshot.weight));
+            }
+        }
         for seed in seeds(2) {
             for snapshot in watch(Trial::new(class, seed), &calibration).snapshots {
                 let stage = snapshot.stage;
@@ -88,9 +119,100 @@ pub fn calibrate(effort: &Effort, mut tell: impl FnMut(&str)) -> Calibration {
     let [early, full] = scores;
     calibration.early_curve = curve(early);
     calibration.full_curve = curve(full);
-    calibration.alarm_score = alarm_score(effort, &calibration);
+    calibration.alarm_score = alarm_score(effort, recorded, &calibration);
     tell(&format!("score of an alarm: {}", calibration.alarm_score));
     calibration
+}
+
+/// A session that was recorded, with what happened in it.
+#[derive(Clone, Debug, Default)]
+pub struct Recorded {
+    /// Names and roles of targets.
+    pub targets: Vec<(String, Role)>,
+    /// Readings, the earliest first: number of the target, when the probe was sent, what it saw.
+    pub seen: Vec<(usize, u64, Reading)>,
+    /// What happened: number of the target, class, and from and until when its findings are of it, in seconds.
+    pub events: Vec<(usize, Class, f64, f64)>,
+}
+
+/// What was seen of an event.
+struct Snapshots {
+    class: Class,
+    snapshots: Vec<Snapshot>,
+    findings: Vec<Finding>,
+}
+
+impl Recorded {
+    fn watch(&self, calibration: &Calibration) -> Vec<Snapshots> {
+        let mut watcher = Watcher::new(calibration.clone());
+        let ids: Vec<_> = self
+            .targets
+            .iter()
+            .filter_map(|(name, role)| watcher.add(name, *role).ok())
+            .collect();
+        let mut all: Vec<Snapshots> = self
+            .events
+            .iter()
+            .map(|(_, class, ..)| Snapshots {
+                class: *class,
+                snapshots: Vec::new(),
+                findings: Vec::new(),
+            })
+            .collect();
+        let mut next = 0;
+        for (target, sent_us, reading) in &self.seen {
+            let _ = watcher.observe(Observation {
+                sent_us: *sent_us,
+                target: ids[*target],
+                reading: *reading,
+            });
+            let second = sent_us / 1_000_000;
+            if second < next {
+                continue;
+            }
+            next = second + 3;
+            let now_s = second as f64;
+            for ((target, _, from_s, until_s), of) in self.events.iter().zip(&mut all) {
+                if let Some((stage, symbols)) = watcher.symbols(ids[*target])
+                    && (*from_s..*until_s).contains(&now_s)
+                    // What is left of something before says nothing of this.
+                    && watcher
+                        .onset_s(ids[*target])
+                        .is_some_and(|onset_s| onset_s as f64 >= from_s - ONSET_SLACK_S)
+                {
+                    of.snapshots.push(Snapshot {
+                        stage,
+                        symbols,
+                        weight: RECORDED_WEIGHT,
+                    });
+                }
+            }
+        }
+        watcher.finish();
+        for finding in std::iter::from_fn(|| watcher.poll()) {
+            for ((target, _, from_s, until_s), of) in self.events.iter().zip(&mut all) {
+                let is_of = self.targets[*target].0 == finding.target;
+                let is_own = finding.onset_s >= from_s - ONSET_SLACK_S;
+                if is_of && is_own && (*from_s..*until_s).contains(&finding.time_s) {
+                    of.findings.push(finding.clone());
+                }
+            }
+        }
+        for of in &mut all {
+            share_out(&mut of.snapshots);
+        }
+        all
+    }
+}
+
+/// Every second of the recorded events, with its number: half of them is for tables, the other half for curves.
+fn events<'a>(
+    recorded: &'a [Recorded],
+    calibration: &'a Calibration,
+    half: usize,
+) -> impl Iterator<Item = (usize, Snapshots)> + 'a {
+    let all = recorded.iter().flat_map(|of| of.watch(calibration));
+    all.enumerate().filter(move |(at, _)| at % 2 == half)
 }
 
 /// What the channels said at a moment of a trial, which counts as one together with its others of that stage.
@@ -150,8 +272,8 @@ pub fn watch(mut trial: Trial, calibration: &Calibration) -> Watched {
                 reading,
             });
         },
-        |second| {
-            if second >= from_s && second.is_multiple_of(3)
+        |second, target| {
+            if target == 0 && second >= from_s && second.is_multiple_of(3)
                 && let Some((stage, symbols)) = watcher.borrow().symbols(targets[0])
                 // What is still early when all is over will not be judged as such.
                 && (stage == Stage::Full || second <= until_s)
@@ -162,22 +284,15 @@ pub fn watch(mut trial: Trial, calibration: &Calibration) -> Watched {
                     weight: 1.0,
                 });
             }
+            let mut watcher = watcher.borrow_mut();
+            // What is over is told by what comes next; the seconds that are waited for are the prober's delay, too.
+            let _ = watcher.advance((second + 1) * 1_000_000);
+            watcher.suspects(targets[target])
         },
     );
     let mut watcher = watcher.into_inner();
     watcher.finish();
-    for stage in [Stage::Early, Stage::Full] {
-        let count = snapshots
-            .iter()
-            .filter(|snapshot| snapshot.stage == stage)
-            .count();
-        for snapshot in snapshots
-            .iter_mut()
-            .filter(|snapshot| snapshot.stage == stage)
-        {
-            snapshot.weight = 1.0 / count as f64;
-        }
-    }
+    share_out(&mut snapshots);
     let name = trial.targets[0].0.clone();
     let findings = std::iter::from_fn(|| watcher.poll())
         .filter(|finding| finding.target == name && finding.time_s > from_s as f64)
@@ -186,6 +301,20 @@ pub fn watch(mut trial: Trial, calibration: &Calibration) -> Watched {
         trial,
         findings,
         snapshots,
+    }
+}
+
+/// All that were taken of something in a stage count as one.
+fn share_out(snapshots: &mut [Snapshot]) {
+    for stage in [Stage::Early, Stage::Full] {
+        let mut of_stage: Vec<&mut Snapshot> = snapshots
+            .iter_mut()
+            .filter(|snapshot| snapshot.stage == stage)
+            .collect();
+        let share = 1.0 / of_stage.len().max(1) as f64;
+        for snapshot in &mut of_stage {
+            snapshot.weight *= share;
+        }
     }
 }
 
@@ -209,6 +338,7 @@ pub fn quiet_day(
             });
         });
         let _ = watcher.advance((second + 1) * 1_000_000 + LATENESS_US);
+        endpoint.burst(watcher.suspects(target));
         if second >= LEARN_S {
             after(second - LEARN_S, &mut watcher, target);
         }
@@ -401,43 +531,112 @@ fn raise_warnings(effort: &Effort, calibration: &mut Calibration) {
     rise.strong = rise.strong.max(rise.clear);
 }
 
-fn alarm_score(effort: &Effort, calibration: &Calibration) -> f64 {
+/// The least scores with which synthetic quiet VM-days have that many alarms a day, one for each rate. Days are those of
+/// [`Effort::seed`] 0, which calibrating uses not.
+#[must_use]
+pub fn alarm_scores(vm_days: u64, rates: &[f64], calibration: &Calibration) -> Vec<f64> {
+    let scores = quiet_scores(vm_days, 6 << 32, calibration);
+    let at = |rate: &f64| {
+        let allowed = (vm_days as f64 * rate) as usize;
+        above(scores.get(allowed).copied().unwrap_or(0.0).max(0.0))
+    };
+    rates.iter().map(at).collect()
+}
+
+/// Scores of all that would be alarms in quiet VM-days if any score were enough, the highest first.
+fn quiet_scores(vm_days: u64, seed: u64, calibration: &Calibration) -> Vec<f64> {
     let mut calibration = calibration.clone();
     calibration.alarm_score = 0.0;
     let mut scores = Vec::new();
-    for day in 0..effort.vm_days {
+    for day in 0..vm_days {
         let mut of_day: Vec<(u64, f64)> = Vec::new();
-        quiet_day(
-            effort.seed + (4 << 32) + day,
-            &calibration,
-            |_, watcher, _| {
-                while let Some(finding) = watcher.poll() {
-                    if finding.level < Level::Alarm {
-                        continue;
-                    }
-                    match of_day.last_mut() {
-                        Some((episode, score)) if *episode == finding.episode => {
-                            *score = score.max(finding.score);
-                        }
-                        _ => of_day.push((finding.episode, finding.score)),
-                    }
+        quiet_day(seed + day, &calibration, |_, watcher, _| {
+            while let Some(finding) = watcher.poll() {
+                if finding.level < Level::Alarm {
+                    continue;
                 }
-            },
-        );
+                match of_day.last_mut() {
+                    Some((episode, score)) if *episode == finding.episode => {
+                        *score = score.max(finding.score);
+                    }
+                    _ => of_day.push((finding.episode, finding.score)),
+                }
+            }
+        });
         scores.extend(of_day.into_iter().map(|(_, score)| score));
     }
     scores.sort_by(|a, b| b.total_cmp(a));
+    scores
+}
+
+fn alarm_score(effort: &Effort, recorded: &[Recorded], calibration: &Calibration) -> f64 {
+    let scores = quiet_scores(effort.vm_days, effort.seed + (4 << 32), calibration);
     let allowed = (effort.vm_days as f64 * 0.1) as usize;
     let mut score = scores.get(allowed).copied().unwrap_or(0.0).max(0.0);
-    for at in 0..effort.trials {
-        let copied = Trial::new(Class::CopyTraffic, effort.seed + (2 << 32) + at);
-        for finding in watch(copied, &calibration).findings {
-            if finding.level >= Level::Alarm {
-                score = score.max(finding.score);
-            }
+    let mut calibration = calibration.clone();
+    calibration.alarm_score = 0.0;
+    let highest = |findings: &[Finding]| {
+        let alarms = findings.iter().filter(|of| of.level >= Level::Alarm);
+        alarms.map(|of| of.score).fold(0.0, f64::max)
+    };
+    let mut copies: Vec<f64> = (0..effort.trials)
+        .map(|at| {
+            let copied = Trial::new(Class::CopyTraffic, effort.seed + (2 << 32) + at);
+            highest(&watch(copied, &calibration).findings)
+        })
+        .collect();
+    copies.sort_by(|a, b| b.total_cmp(a));
+    let allowed = (effort.trials as f64 * COPIES) as usize;
+    score = score.max(copies.get(allowed).copied().unwrap_or(0.0));
+    for of in recorded
+        .iter()
+        .flat_map(|session| session.watch(&calibration))
+    {
+        if of.class == Class::CopyTraffic {
+            score = score.max(highest(&of.findings));
         }
     }
     above(score)
+}
+
+/// A calibration as the source of `calibration/table.rs`.
+#[must_use]
+pub fn source(made: &Calibration, effort: &Effort, sessions: usize) -> String {
+    let mut text = format!(
+        "//! Written by `cargo xtask trials calibrate` from synthetic traces, {} quiet VM-days for each step and {} trials of each\n\
+         //! class for each step from seed {}, and from {sessions} recorded sessions.\n\n\
+         use super::{{Calibration, Thresholds}};\n\n\
+         #[rustfmt::skip]\n\
+         pub(super) const BUILT_IN: Calibration = Calibration {{\n",
+        effort.vm_days, effort.trials, effort.seed
+    );
+    for (name, of) in [
+        ("rise", made.rise),
+        ("silence", made.silence),
+        ("clock", made.clock),
+    ] {
+        let _ = writeln!(text, "    {name}: {of:?},");
+    }
+    for (name, table) in [("early", &made.early), ("full", &made.full)] {
+        let _ = writeln!(text, "    {name}: [");
+        for class in table {
+            let _ = writeln!(text, "        [");
+            for channel in class {
+                let _ = writeln!(text, "            {channel:?},");
+            }
+            let _ = writeln!(text, "        ],");
+        }
+        let _ = writeln!(text, "    ],");
+    }
+    for (name, curve) in [
+        ("early_curve", made.early_curve),
+        ("full_curve", made.full_curve),
+    ] {
+        let _ = writeln!(text, "    {name}: {curve:?},");
+    }
+    let _ = writeln!(text, "    alarm_score: {:?},", made.alarm_score);
+    let _ = writeln!(text, "    quiet_vm_days: {:?},\n}};", made.quiet_vm_days);
+    text
 }
 
 #[cfg(test)]

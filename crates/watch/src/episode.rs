@@ -17,14 +17,19 @@ const NOTE_WAIT_S: u64 = 10;
 const WARN_LIKELIHOOD: f64 = 0.2;
 /// Round trips that had grown for so long before the break: memory was being copied.
 const BEFORE_MIN_S: u64 = 3;
-/// Round trips that are high for so long behind the break: they have grown then.
-const AFTER_MIN_S: u64 = 5;
+/// Round trips that are high for so long behind the break: they have grown then. What is high is told by a mean over some
+/// seconds, so that it lasts for four seconds longer.
+const AFTER_MIN_S: u64 = 8;
+/// For so long after something unusual, more probes are wanted.
+const RECENT_S: u64 = 10;
 /// Silences up to this are short.
 const SHORT_US: u64 = 3_000_000;
 /// Silences up to this are medium.
 const MEDIUM_US: u64 = 15_000_000;
 /// A clock may lag by so much more than the silence that was seen.
 const LAG_SLACK_MS: f64 = 20.0;
+/// So many announcements are no chance: QEMU sends five at least, and a guest that hears of it as many of its own.
+const ANNOUNCED_OFTEN: u32 = 3;
 /// Runs of losses within half a minute that make them scattered.
 const SCATTERED: usize = 3;
 /// A channel speaks for a migration from here on.
@@ -58,6 +63,7 @@ pub(crate) struct Episode {
     least_silence_us: u64,
     surprise: f64,
     late_ms: f64,
+    held: bool,
     scattered: usize,
     step: Option<(f64, f64)>,
     has_clock: bool,
@@ -88,6 +94,21 @@ impl Episode {
             || signals.announcements > 0
     }
 
+    /// Whether that is unusual enough to send more probes.
+    pub(crate) fn may_begin(signals: &Signals, calibration: &Calibration) -> bool {
+        let has_step = signals
+            .step
+            .is_some_and(|step| step.statistic >= calibration.clock.weak);
+        (signals.is_high && signals.rise >= calibration.rise.weak)
+            || Self::has_silence(signals, calibration)
+            || has_step
+    }
+
+    /// Whether something was unusual in the seconds before `next`.
+    pub(crate) fn is_recent(&self, next: u64) -> bool {
+        next.saturating_sub(self.unusual) <= RECENT_S
+    }
+
     pub(crate) fn new(number: u64, second: u64) -> Self {
         Self {
             number,
@@ -103,6 +124,7 @@ impl Episode {
             least_silence_us: 0,
             surprise: 0.0,
             late_ms: 0.0,
+            held: false,
             scattered: 0,
             step: None,
             has_clock: false,
@@ -153,6 +175,10 @@ impl Episode {
         second.saturating_sub(self.began) >= LENGTH_MAX_S
     }
 
+    pub(crate) fn onset(&self) -> u64 {
+        self.onset
+    }
+
     pub(crate) fn stage(&self) -> Stage {
         if self.broke.is_some() || self.low_s >= BEFORE_MIN_S + 2 {
             Stage::Full
@@ -185,16 +211,24 @@ impl Episode {
         );
         set(
             Channel::Silence,
-            if self.surprise >= calibration.silence.weak {
+            if self.surprise >= calibration.silence.clear {
                 let beyond = [SHORT_US, MEDIUM_US];
                 3 + beyond
                     .iter()
                     .filter(|most| self.least_silence_us > **most)
                     .count() as u8
-            } else if self.late_ms > 0.0 {
+            } else if self.surprise >= calibration.silence.weak {
                 2
             } else {
                 u8::from(self.surprise > 0.0)
+            },
+        );
+        set(
+            Channel::Late,
+            if self.held {
+                2
+            } else {
+                u8::from(self.late_ms > 0.0)
             },
         );
         set(Channel::Scatter, u8::from(self.scattered >= SCATTERED));
@@ -214,7 +248,14 @@ impl Episode {
             set(Channel::Clock, 0);
         }
         set(Channel::Path, u8::from(self.path != 0));
-        set(Channel::Announcement, u8::from(self.announcements > 0));
+        set(
+            Channel::Announcement,
+            match self.announcements {
+                0 => 0,
+                ..ANNOUNCED_OFTEN => 1,
+                _ => 2,
+            },
+        );
         if let Some(hosts) = &self.hosts {
             set(Channel::Hosts, hosts.len().min(2) as u8);
         }
@@ -267,6 +308,7 @@ impl Episode {
         if let Some((_, ms)) = signals.late {
             self.late_ms = self.late_ms.max(ms);
         }
+        self.held |= signals.held;
         if let Some(step) = signals.step.filter(|_| has_step)
             && self
                 .step
@@ -274,10 +316,13 @@ impl Episode {
         {
             self.step = Some((step.ms, step.statistic));
         }
-        if self.broke.is_none() && (has_silence || has_step) {
+        // Whoever announces itself has come from somewhere.
+        let is_announced = signals.announcements > 0;
+        if self.broke.is_none() && (has_silence || has_step || is_announced) {
             // Of several, the earliest; a clock says only between which readings it was.
             let silence = signals.run.filter(|_| has_silence);
-            let at_us = match (silence, signals.step) {
+            let step = signals.step.filter(|_| has_step);
+            let at_us = match (silence, step) {
                 (Some((run, _)), _) => run.first_us,
                 (None, Some(step)) => step.seen_us,
                 (None, None) => second * 1_000_000,
@@ -399,7 +444,7 @@ impl Episode {
                 // What follows from the same packets is one voice.
                 let voices = [
                     &[Channel::Rise, Channel::Order][..],
-                    &[Channel::Silence],
+                    &[Channel::Silence, Channel::Late],
                     &[Channel::Clock],
                     &[Channel::Path],
                     &[Channel::Announcement],
@@ -423,7 +468,8 @@ impl Episode {
         let value = |channel| match channel {
             Channel::Rise => self.rise,
             Channel::Order => self.broke.map_or(self.high_s, |(_, before_s)| before_s) as f64,
-            Channel::Silence => (self.silence_us as f64 / 1e3).max(self.late_ms),
+            Channel::Silence => self.silence_us as f64 / 1e3,
+            Channel::Late => self.late_ms,
             Channel::Scatter => self.scattered as f64,
             Channel::Clock => self.step.map_or(0.0, |(ms, _)| ms),
             Channel::Path => f64::from(self.path),

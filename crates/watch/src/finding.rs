@@ -102,6 +102,8 @@ pub enum Channel {
     Order,
     /// No answers; the value is the longest time without any, in milliseconds.
     Silence,
+    /// Answers that came much later than usual; the value is by how many milliseconds.
+    Late,
     /// Losses in many places; the value is how many within half a minute.
     Scatter,
     /// Its clock; the value is by how many milliseconds it jumped, negative if it lags.
@@ -118,10 +120,11 @@ pub enum Channel {
 
 impl Channel {
     /// Every channel, in the order of the tables.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Rise,
         Self::Order,
         Self::Silence,
+        Self::Late,
         Self::Scatter,
         Self::Clock,
         Self::Path,
@@ -143,14 +146,9 @@ impl Channel {
                 "break-then-growth",
                 "growth-goes-on-over-break",
             ],
-            Self::Silence => &[
-                "none",
-                "usual-loss",
-                "late-answer",
-                "short",
-                "medium",
-                "long",
-            ],
+            Self::Silence => &["none", "usual-loss", "doubtful", "short", "medium", "long"],
+            // Those that were kept back all come at once when they may go on.
+            Self::Late => &["none", "late", "at-once"],
             Self::Scatter => &["none", "scattered"],
             Self::Clock => &[
                 "steady",
@@ -159,7 +157,7 @@ impl Channel {
                 "forward",
             ],
             Self::Path => &["same", "changed"],
-            Self::Announcement => &["none", "seen"],
+            Self::Announcement => &["none", "seen", "repeated"],
             Self::Hosts => &["none", "one", "several"],
             Self::Company => &["alone", "with-others"],
         }

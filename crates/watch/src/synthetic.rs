@@ -11,7 +11,9 @@
 //! | usual losses | bursts of 1 to 3, up to 0.4 % | the same traces: 0.17 % |
 //! | blackout | log-normal, median 50 ms and 99 % at 300 ms, or 0.2 to 1 s | published for a production fleet; measured for QEMU here |
 //! | lag | a few ms to 100 ms, or the whole blackout, or none (hidden by the platform) | QEMU's source for each clock |
+//! | probes | one or two a second, or ten; twenty on suspicion | what the prober does |
 //! | clock | drift up to 50 ppm, an NTP error of 0.02 to 0.5 ms, ICMP in whole milliseconds | kernel's documents |
+//! | announcements | five, of half of the migrations: the others are beyond a router; one of some that start anew | how many: measured for QEMU here |
 //! | growth while memory is copied | a queue of 1 to 20 times the jitter, tails 2 to 10 times as frequent, most at the start | shape: the paper of 2013; amounts: nobody's |
 //! | all other amounts and shares | chosen | nobody's |
 
@@ -24,6 +26,12 @@ const BEFORE_S: u64 = 400;
 const AFTER_S: u64 = 150;
 /// An answer that takes longer is lost.
 const PATIENCE_US: u64 = 1_000_000;
+/// In a burst, time between two echoes ...
+const BURST_ECHO_US: u64 = 50_000;
+/// ... between two ICMP timestamps ...
+const BURST_ICMP_US: u64 = 200_000;
+/// ... and between two questions by NTP, in seconds.
+const BURST_NTP_S: u64 = 2;
 
 /// Chance that can be repeated (SplitMix64).
 #[derive(Clone)]
@@ -86,7 +94,7 @@ struct Disturbance {
     loss: f64,
     silences: Vec<(u64, u64, bool)>,
     hops: u8,
-    announced_us: Option<u64>,
+    announced_us: Vec<u64>,
 }
 
 /// A target whose probes are made up.
@@ -98,6 +106,7 @@ pub struct Endpoint {
     state: f64,
     loss_begins: f64,
     is_losing: bool,
+    in_burst: bool,
     echo_us: u64,
     ntp_s: Option<u64>,
     has_icmp: bool,
@@ -128,6 +137,7 @@ impl Endpoint {
                 chance.scale(1e-5, 4e-3)
             },
             is_losing: false,
+            in_burst: false,
             echo_us,
             ntp_s: chance.happens(0.5).then_some(8),
             has_icmp: chance.happens(0.5),
@@ -140,6 +150,11 @@ impl Endpoint {
 
     fn jitter_ms(&self) -> f64 {
         self.base_ms * self.jitter
+    }
+
+    /// From the next second on, whether probes are sent as often as on suspicion.
+    pub fn burst(&mut self, is_suspected: bool) {
+        self.in_burst = is_suspected;
     }
 
     /// What probes see in a second in which nothing happens.
@@ -158,7 +173,11 @@ impl Endpoint {
         while at_us < 1_000_000 {
             // Timers are late by a little.
             let sent_us = start_us + at_us + self.chance.number() % 2000;
-            at_us += self.echo_us;
+            at_us += if self.in_burst {
+                self.echo_us.min(BURST_ECHO_US)
+            } else {
+                self.echo_us
+            };
             match self.echo(sent_us, now) {
                 Some(ms) => {
                     excess_ms = ms - self.base_ms;
@@ -167,26 +186,41 @@ impl Endpoint {
                 None => to(sent_us, Reading::Lost),
             }
         }
-        let is_silent = now
-            .silences
-            .iter()
-            .any(|(from, until, _)| (*from..*until).contains(&(start_us + 5000)));
+        let is_silent_at = |at_us: u64| {
+            let mut silences = now.silences.iter();
+            silences.any(|(from, until, _)| (*from..*until).contains(&at_us))
+        };
+        let is_silent = is_silent_at(start_us + 5000);
         if second.is_multiple_of(5) && !is_silent {
             let hops = 60 - now.hops;
             to(start_us + 5000, Reading::Ttl { hops });
         }
         let true_ms = self.clock_ms + self.drift * 1e3 * second as f64;
         let asymmetry_ms = excess_ms.clamp(0.0, 500.0) / 2.0 * (2.0 * self.chance.share() - 1.0);
-        if self.ntp_s.is_some_and(|every| second.is_multiple_of(every)) && !is_silent {
+        let ntp_s = self.ntp_s.map(|every| {
+            if self.in_burst {
+                every.min(BURST_NTP_S)
+            } else {
+                every
+            }
+        });
+        if ntp_s.is_some_and(|every| second.is_multiple_of(every)) && !is_silent {
             let ms = true_ms + asymmetry_ms + self.ntp_error_ms * self.chance.normal();
             to(start_us + 6000, Reading::NtpOffset { ms });
         }
-        if self.has_icmp && !is_silent && !self.chance.happens(now.loss) {
-            let ms = (true_ms + asymmetry_ms + self.chance.share()).floor();
-            to(start_us + 7000, Reading::IcmpOffset { ms });
+        let icmp_us = if self.in_burst {
+            BURST_ICMP_US
+        } else {
+            1_000_000
+        };
+        for at_us in (start_us + 7000..start_us + 1_000_000).step_by(icmp_us as usize) {
+            if self.has_icmp && !is_silent_at(at_us) && !self.chance.happens(now.loss) {
+                let ms = (true_ms + asymmetry_ms + self.chance.share()).floor();
+                to(at_us, Reading::IcmpOffset { ms });
+            }
         }
-        if let Some(seen_us) = now.announced_us {
-            to(seen_us, Reading::Announced);
+        for seen_us in &now.announced_us {
+            to(*seen_us, Reading::Announced);
         }
     }
 
@@ -240,7 +274,7 @@ enum What {
         is_queued: bool,
     },
     Step(f64),
-    Announced,
+    Announced(u64),
 }
 
 struct Effect {
@@ -300,8 +334,13 @@ impl Trial {
         trial
     }
 
-    /// Every reading, second by second: number of the target, when the probe was sent, what it saw.
-    pub fn run(&mut self, mut to: impl FnMut(usize, u64, Reading), mut after: impl FnMut(u64)) {
+    /// Every reading, second by second: number of the target, when the probe was sent, what it saw. `suspects` is asked
+    /// behind each second, and says which targets get more probes in the next.
+    pub fn run(
+        &mut self,
+        mut to: impl FnMut(usize, u64, Reading),
+        mut suspects: impl FnMut(u64, usize) -> bool,
+    ) {
         for second in 0..self.length_s {
             for target in 0..self.endpoints.len() {
                 let now = self.disturbance(target, second);
@@ -309,7 +348,9 @@ impl Trial {
                     to(target, at, reading);
                 });
             }
-            after(second);
+            for target in 0..self.endpoints.len() {
+                self.endpoints[target].burst(suspects(second, target));
+            }
         }
     }
 
@@ -345,7 +386,11 @@ impl Trial {
                     now.silences.push((from_us, until_us, is_queued));
                 }
                 What::Step(ms) => self.endpoints[target].clock_ms += ms,
-                What::Announced => now.announced_us = Some(second * 1_000_000 + 60_000),
+                What::Announced(times) => {
+                    let first_us = second * 1_000_000 + 60_000;
+                    now.announced_us
+                        .extend((0..times).map(|at| first_us + at * 150_000));
+                }
             }
         }
         now
@@ -380,7 +425,7 @@ impl Trial {
                     self.add(0, self.until_s, 1, What::Step(ms));
                 }
                 if chance.happens(0.3) {
-                    self.add(0, self.until_s, 1, What::Announced);
+                    self.add(0, self.until_s, 1, What::Announced(1));
                 }
             }
             Class::Outage => {
@@ -393,7 +438,7 @@ impl Trial {
             }
         }
         if chance.happens(0.01) {
-            self.add(0, self.until_s, 1, What::Announced);
+            self.add(0, self.until_s, 1, What::Announced(1));
         }
     }
 
@@ -480,8 +525,8 @@ impl Trial {
             _ => 0.0,
         };
         self.add(0, self.until_s, 1, What::Step(-lag_ms));
-        if chance.happens(0.3) {
-            self.add(0, self.until_s, 1, What::Announced);
+        if chance.happens(0.5) {
+            self.add(0, self.until_s, 1, What::Announced(5));
         }
         if chance.happens(0.05) {
             self.add(0, self.until_s, u64::MAX, What::Detour { ms: 0.0, hops: 1 });
@@ -535,7 +580,7 @@ mod tests {
             let mut trial = Trial::new(Class::Migration, seed);
             trial.run(
                 |target, at, reading| readings.push((target, at, reading)),
-                |_| {},
+                |_, _| false,
             );
             readings
         };

@@ -8,9 +8,11 @@ use crate::feature::ranks::Ranks;
 use crate::observation::{Reading, Role};
 
 /// An answer is late if it took that much longer than usual ...
-const LATE_MS: f64 = 100.0;
+const LATE_MS: f64 = 30.0;
 /// ... and that many times as long.
 const LATE_TIMES: f64 = 10.0;
+/// Answers to probes that were sent further apart than this, and that came at once, were kept back.
+const HELD_APART_US: u64 = 20_000;
 /// Error of an NTP offset that is always possible.
 const NTP_ERROR_MS: f64 = 0.1;
 /// Error of an ICMP timestamp: it counts milliseconds.
@@ -34,6 +36,8 @@ pub(crate) struct Signals {
     pub(crate) run: Option<(Run, f64)>,
     /// How much later than usual the latest answer was, if it was late, and when it was asked for.
     pub(crate) late: Option<(u64, f64)>,
+    /// Whether late answers came at once: something has kept them back, and did not lose them.
+    pub(crate) held: bool,
     pub(crate) scattered: usize,
     pub(crate) step: Option<Step>,
     pub(crate) has_clock: bool,
@@ -52,6 +56,8 @@ pub(crate) struct Target {
     losses: Losses,
     ntp: Clock,
     icmp: Clock,
+    /// The answered probe before: when it was sent, and its round trip.
+    previous: Option<(u64, f64)>,
     usual_hops: Option<u8>,
     other_hops: Option<(u8, u32)>,
     rtts: Vec<f64>,
@@ -69,6 +75,7 @@ impl Target {
             losses: Losses::default(),
             ntp: Clock::new(NTP_ERROR_MS),
             icmp: Clock::new(ICMP_ERROR_MS),
+            previous: None,
             usual_hops: None,
             other_hops: None,
             rtts: Vec::new(),
@@ -131,6 +138,8 @@ impl Target {
                     let ended = self.losses.probe(sent_us, false);
                     run = ended.zip(surprise).or(run);
                     self.rtts.push(ms);
+                    signals.held |= self.is_held(sent_us, ms);
+                    self.previous = Some((sent_us, ms));
                     if ms > latest.1 {
                         latest = (sent_us, ms);
                     }
@@ -189,6 +198,18 @@ impl Target {
         self.ntp.interrupted();
         self.icmp.interrupted();
         self.signals = Signals::default();
+    }
+
+    /// Whether this answer came together with the one to the probe before it, and both were late.
+    fn is_held(&self, sent_us: u64, ms: f64) -> bool {
+        let Some((before_us, before_ms)) = self.previous else {
+            return false;
+        };
+        let apart_us = sent_us.saturating_sub(before_us);
+        let apart_ms = apart_us as f64 / 1e3;
+        // The later one has waited for less long, by as much as it was sent later.
+        let is_together = (before_ms - ms - apart_ms).abs() < apart_ms / 8.0;
+        apart_us >= HELD_APART_US && ms > apart_ms / 4.0 && is_together
     }
 
     fn usual_ms(&self) -> Option<f64> {

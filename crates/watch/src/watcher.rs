@@ -215,6 +215,20 @@ impl Watcher {
         })
     }
 
+    /// Whether more probes of a target would tell more than usual: something unusual goes on, or may be about to. Whoever
+    /// probes it may send some twenty a second until this ends.
+    #[must_use]
+    pub fn suspects(&self, target: TargetId) -> bool {
+        let Some(of) = self.targets.get(target.0) else {
+            return false;
+        };
+        let episode = self.vms[target.0].episode.as_ref();
+        let is_recent = episode
+            .zip(self.next)
+            .is_some_and(|(episode, next)| episode.is_recent(next));
+        is_recent || Episode::may_begin(&of.signals, &self.calibration)
+    }
+
     /// What calibrating needs: the statistics of the last second (growing round trips, a run of losses, a clock's jump).
     #[must_use]
     pub fn statistics(&self, target: TargetId) -> Option<[f64; 3]> {
@@ -231,6 +245,13 @@ impl Watcher {
     pub fn symbols(&self, target: TargetId) -> Option<(Stage, Symbols)> {
         let episode = self.vms.get(target.0)?.episode.as_ref()?;
         Some((episode.stage(), episode.symbols(&self.calibration)))
+    }
+
+    /// What calibrating needs: since which second what goes on has been unusual.
+    #[must_use]
+    pub fn onset_s(&self, target: TargetId) -> Option<u64> {
+        let episode = self.vms.get(target.0)?.episode.as_ref()?;
+        Some(episode.onset())
     }
 
     fn judge_until(&mut self, end: u64) {

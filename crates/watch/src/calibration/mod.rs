@@ -1,7 +1,7 @@
 //! What the detector has learnt from traces: thresholds for rates of false alarms, and how probable each kind of evidence
 //! is under each class.
 //!
-//! The table in `table.rs` is written by `cargo run -p palanquin-watch --example calibrate`, from synthetic traces; what
+//! The table in `table.rs` is written by `cargo xtask trials calibrate`, from synthetic traces and recorded sessions; what
 //! that means is in `docs/watch.md`.
 
 mod table;
@@ -75,7 +75,7 @@ pub enum CalibrationError {
 }
 
 impl Calibration {
-    /// What was learnt from synthetic traces.
+    /// What was learnt from synthetic traces and recorded sessions.
     #[must_use]
     pub fn built_in() -> Self {
         table::BUILT_IN

@@ -61,6 +61,12 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         what: Vec<String>,
     },
+    /// Watch real migrations from outside and say what the detector makes of them, see `docs/watch.md`
+    Trials {
+        /// `record`, `calibrate`, `report` or `list`, and its options
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        what: Vec<String>,
+    },
     /// Kill and cut at every step of the protocol, and write docs/kill-matrix.md
     Matrix {
         /// Pairs of hosts at work at the same time, for each strategy
@@ -154,6 +160,18 @@ fn perform(task: Task) -> Result<()> {
             )?;
             let bench = root().join("target/release/palanquin-bench");
             programs::visible(programs::program(bench).args(what))
+        }
+        Task::Trials { what } => {
+            let mut packages = vec!["build", "--release", "-p", "palanquin-trials"];
+            if what.first().is_some_and(|what| what == "record") {
+                setup::require_root("recording makes network namespaces")?;
+                setup::install()?;
+                guest::build()?;
+                packages.extend(["-p", "palanquin-agent", "-p", "palanquin-cli"]);
+            }
+            run("cargo", &packages)?;
+            let trials = root().join("target/release/palanquin-trials");
+            programs::visible(programs::program(trials).args(what))
         }
         Task::Matrix { table: true, .. } => matrix::write(),
         Task::Matrix {

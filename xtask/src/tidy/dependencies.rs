@@ -43,7 +43,12 @@ const ALLOWED: [(&str, &[&str]); 10] = [
 ];
 
 /// Crates for development, which may use anything.
-const FREE: [&str; 3] = ["palanquin-benches", "palanquin-lab", "xtask"];
+const FREE: [&str; 4] = [
+    "palanquin-benches",
+    "palanquin-lab",
+    "palanquin-trials",
+    "xtask",
+];
 
 /// Names of crates that say nothing.
 const BANNED: [&str; 4] = ["common", "util", "utils", "types"];

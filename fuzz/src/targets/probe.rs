@@ -33,7 +33,11 @@ fn probe(data: &[u8]) {
             let _ = probe_control(bytes);
         }
         1 => clock(probe_icmp(bytes, false, false), 43_200_001.0),
-        2 => assert_eq!(probe_icmp(bytes, true, false), None, "IPv6 has no timestamps"),
+        2 => assert_eq!(
+            probe_icmp(bytes, true, false),
+            None,
+            "IPv6 has no timestamps"
+        ),
         3 => clock(probe_icmp(bytes, false, true), 43_200_001.0),
         _ => {
             // The answer to whatever it says to answer, at any time.
@@ -43,7 +47,11 @@ fn probe(data: &[u8]) {
             };
             let (cookie, receive, transmit) = (time(24), time(32), time(40));
             clock(probe_ntp(bytes, cookie, receive, transmit), 2.2e12);
-            assert_eq!(probe_ntp(bytes, !cookie, receive, transmit), None, "another question");
+            assert_eq!(
+                probe_ntp(bytes, !cookie, receive, transmit),
+                None,
+                "another question"
+            );
         }
     });
 }

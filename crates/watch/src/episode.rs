@@ -252,7 +252,7 @@ impl Episode {
             Channel::Announcement,
             match self.announcements {
                 0 => 0,
-                ..ANNOUNCED_OFTEN => 1,
+                1..ANNOUNCED_OFTEN => 1,
                 _ => 2,
             },
         );

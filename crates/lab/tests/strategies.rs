@@ -69,7 +69,7 @@ fn stop_and_copy_has_no_round_but_the_last() -> Result<()> {
 
 #[test]
 fn post_copy_runs_the_vm_before_its_pages_are_there_and_they_all_arrive() -> Result<()> {
-    let rig = rig(&busy())?;
+    let rig = rig(&busy().on_network())?;
     for (from, to) in [(0, 1), (1, 0), (0, 1)] {
         let info = moved(&rig, from, to, &["--strategy", "post-copy"])?;
         ensure!(

@@ -5,8 +5,8 @@
 use palanquin_watch::trace::{HEADER, Replay};
 use palanquin_watch::{Calibration, Class, Finding, Ledger, Level, Record, Verdict};
 
-/// A VM that is copied from second 400 on, stands still at 420 for one, and lags by 900 ms from then on; its host feels
-/// the copy.
+/// A VM that is copied from second 400 on, stands still at 420 for one, announces itself, and lags by 900 ms from then on;
+/// its host feels the copy.
 fn moved() -> Vec<String> {
     let mut lines = vec![HEADER.to_owned()];
     for tick in 0..1000_u32 {
@@ -25,6 +25,9 @@ fn moved() -> Vec<String> {
             lines.push(format!("{time},web,lost,"));
         } else {
             lines.push(format!("{time},web,rtt_ms,{}", 0.4 + 0.05 * noise + grown));
+        }
+        if (421.0..424.0).contains(&time) {
+            lines.push(format!("{time},web,announced,1"));
         }
         if tick % 8 == 0 {
             let lag = if time > 420.0 { -900.0 } else { 0.0 };

@@ -23,7 +23,8 @@ fn json(output: &Output) -> Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// A VM that is copied from second 400 on, stands still at 420, and lags by 900 ms from then on; its host feels the copy.
+/// A VM that is copied from second 400 on, stands still at 420, announces itself, and lags by 900 ms from then on; its host
+/// feels the copy.
 fn moved() -> String {
     let mut trace = "time_s,target,kind,value\n".to_owned();
     for tick in 0..1000_u32 {
@@ -39,6 +40,9 @@ fn moved() -> String {
             let _ = writeln!(trace, "{time},web,lost,");
         } else {
             let _ = writeln!(trace, "{time},web,rtt_ms,{}", 0.4 + 0.05 * noise + grown);
+        }
+        if (421.0..424.0).contains(&time) {
+            let _ = writeln!(trace, "{time},web,announced,1");
         }
         if tick % 8 == 0 {
             let lag = if time > 420.0 { -900.0 } else { 0.0 };

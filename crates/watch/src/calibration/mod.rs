@@ -4,7 +4,10 @@
 //! The table in `table.rs` is written by `cargo xtask trials calibrate`, from synthetic traces and recorded sessions; what
 //! that means is in `docs/watch.md`.
 
-#[allow(clippy::approx_constant, reason = "measured numbers are like others by chance")]
+#[allow(
+    clippy::approx_constant,
+    reason = "measured numbers are like others by chance"
+)]
 mod table;
 
 use serde::{Deserialize, Serialize};

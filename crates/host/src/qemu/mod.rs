@@ -173,7 +173,10 @@ impl Qemu {
         match self.start(&arguments, vm_dir, true) {
             // It may have been built without support for nodes.
             Err(Error::Start { log }) if arguments != descriptor.arguments => {
-                tracing::warn!(log, "QEMU does not start with memory of chosen nodes");
+                tracing::warn!(
+                    log,
+                    "QEMU does not start; once more without memory of chosen nodes"
+                );
                 self.start(&descriptor.arguments, vm_dir, true)
             }
             started => started,

@@ -35,6 +35,8 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 const QUIT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest wait for QEMU to finish its migration before it can resume.
 const FINALIZE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Where Linux tells which huge pages it gives out.
+const HUGE_PAGES_DIR: &str = "/sys/kernel/mm/transparent_hugepage";
 /// How long we look for what devices look into. The VM runs meanwhile.
 const RINGS_PATIENCE: Duration = Duration::from_millis(100);
 const CPU_WORDS_MAX: usize = 256;
@@ -247,19 +249,26 @@ fn private_ram(message: String) -> Obstacle {
 /// Where the kernel gives out huge pages for shared memory by itself, a page that arrives brings its neighbours in as
 /// zeros: they would not be missed, and the guest would read zeros (Documentation/admin-guide/mm/transhuge.rst, "Hugepages
 /// in tmpfs/shmem"). With `advise` only accesses through QEMU's mapping do, and those wait.
-fn shmem_huge_pages() -> Option<Obstacle> {
-    let setting = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
-    let text = fs::read_to_string(setting).ok()?;
-    let gives_out = ["[always]", "[within_size]", "[force]"];
-    gives_out.iter().any(|word| text.contains(word)).then(|| {
-        obstacle(
-            "post-copy-huge-pages",
-            format!(
-                "the kernel gives out huge pages for shared memory ({})",
-                text.trim()
-            ),
-            "Write `advise` or `never` to /sys/kernel/mm/transparent_hugepage/shmem_enabled.",
-        )
+///
+/// Each size has a setting of its own beside the common one, which counts where it says `inherit`.
+fn shmem_huge_pages(dir: &Path) -> Option<Obstacle> {
+    let sizes = fs::read_dir(dir).into_iter().flatten().flatten();
+    let sizes = sizes.map(|entry| entry.path()).filter(|path| path.is_dir());
+    sizes.chain([dir.to_owned()]).find_map(|dir| {
+        let setting = dir.join("shmem_enabled");
+        let text = fs::read_to_string(&setting).ok()?;
+        let gives_out = ["[always]", "[within_size]", "[force]"];
+        gives_out.iter().any(|word| text.contains(word)).then(|| {
+            obstacle(
+                "post-copy-huge-pages",
+                format!(
+                    "the kernel gives out huge pages for shared memory ({}: {})",
+                    setting.display(),
+                    text.trim()
+                ),
+                "Write `advise` or `never` to that file.",
+            )
+        })
     })
 }
 
@@ -421,7 +430,7 @@ impl Vm for QemuVm {
             obstacles.extend(huge);
             return Ok(obstacles);
         }
-        obstacles.extend(shmem_huge_pages());
+        obstacles.extend(shmem_huge_pages(Path::new(HUGE_PAGES_DIR)));
         // The proof that it works is to do it.
         match self.or_gone(QemuMissing::probe(&self.process, &self.monitor, &ram)) {
             Ok(()) => {}
@@ -630,6 +639,39 @@ fn chain(error: &dyn std::error::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn huge_pages_of_any_size_that_the_kernel_gives_out_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let set = |size: &str, text: &str| {
+            let dir = dir.path().join(size);
+            fs::create_dir_all(&dir).unwrap();
+            fs::write(dir.join("shmem_enabled"), text).unwrap();
+        };
+        set("", "always within_size [advise] never deny force\n");
+        set(
+            "hugepages-64kB",
+            "always inherit within_size advise [never]\n",
+        );
+        set(
+            "hugepages-2048kB",
+            "always [inherit] within_size advise never\n",
+        );
+        assert_eq!(shmem_huge_pages(dir.path()), None);
+        set(
+            "hugepages-64kB",
+            "[always] inherit within_size advise never\n",
+        );
+        let found = shmem_huge_pages(dir.path()).unwrap();
+        assert!(found.message.contains("hugepages-64kB"), "{found:?}");
+        set(
+            "hugepages-64kB",
+            "always inherit within_size advise [never]\n",
+        );
+        set("", "[always] within_size advise never deny force\n");
+        assert!(shmem_huge_pages(dir.path()).is_some());
+        assert_eq!(shmem_huge_pages(&dir.path().join("nowhere")), None);
+    }
 
     #[test]
     fn devices_that_write_past_qemu_are_named_all_at_once() {

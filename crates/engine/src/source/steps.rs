@@ -9,7 +9,7 @@ use super::{
 use crate::ids::{Epoch, Sha256};
 use crate::journal::SourceRecord;
 use crate::message::{Message, Reason, Seal, Verdict};
-use crate::pages::{PAGE_BYTES, PageSet};
+use crate::pages::{BLOCK_PAGES, PAGE_BYTES, PageSet};
 use crate::strategy::{Boundary, Next, Strategy};
 use crate::time::Time;
 
@@ -317,7 +317,9 @@ impl Source {
             if let Some(mut ahead) = looked_into {
                 ahead.intersect(&pages);
                 pages.subtract(&ahead);
-                stale.subtract(&ahead);
+                // These bring zeros in for their neighbours, too.
+                stale.union(&beside(&ahead));
+                stale.intersect(&pages);
                 self.send_ahead(ahead);
             }
             let op = self.op();
@@ -569,4 +571,17 @@ impl Source {
         let op = self.journal(record);
         self.state = State::TakingBack(op);
     }
+}
+
+/// All pages of the blocks that these are in, which are sent by the same stream. Larger huge pages are an obstacle to
+/// post-copy at the destination.
+fn beside(pages: &PageSet) -> PageSet {
+    let mut beside = PageSet::empty(pages.layout());
+    for block in pages.blocks() {
+        let region = usize::from(block.region);
+        let first = block.first_page();
+        let end = (first + BLOCK_PAGES).min(pages.layout().pages(region));
+        beside.insert(region, first..end);
+    }
+    beside
 }

@@ -820,7 +820,6 @@ impl SourceSession {
     }
 }
 
-/// Adds the pages that hold data.
 fn channel_reason(error: &ChannelError) -> Reason {
     // The other end's verdict on our certificate arrives with its first answer (RFC 8446, section 4.4.2.4).
     let code = match error {

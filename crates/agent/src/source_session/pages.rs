@@ -51,6 +51,7 @@ impl SourceSession {
     }
 }
 
+/// Adds the pages that hold data.
 fn insert_data(ram: &dyn GuestRam, pages: &mut PageSet) -> Result<(), Failure> {
     for region in 0..ram.regions().len() {
         let extents = ram.data_extents(region);

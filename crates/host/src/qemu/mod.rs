@@ -11,6 +11,7 @@ mod qmp;
 mod ram;
 mod record;
 mod rings;
+mod roms;
 mod state;
 mod storage;
 mod text;

@@ -18,10 +18,10 @@ use super::obstacle;
 use super::qmp::Monitor;
 use super::ram::QemuRam;
 use super::record;
-use super::rings;
 use super::state::{self, Saving};
 use super::storage::direct_disks;
 use super::tracker::QemuTracker;
+use super::{rings, roms};
 use crate::Error;
 use crate::process::{Process, boot_id};
 use crate::throttle::CgroupThrottle;
@@ -544,9 +544,12 @@ impl Vm for QemuVm {
     }
 
     fn device_pages(&self) -> Vec<(usize, u64)> {
-        self.qemu_ram()
-            .map(|ram| rings::pages(&self.monitor, &ram, RINGS_PATIENCE))
-            .unwrap_or_default()
+        let Ok(ram) = self.qemu_ram() else {
+            return Vec::new();
+        };
+        let mut pages = rings::pages(&self.monitor, &ram, RINGS_PATIENCE);
+        pages.extend(roms::pages(&self.monitor, &ram));
+        pages
     }
 
     fn save_device_state(&self, limit_bytes: u64, to: &mut dyn Write) -> Result<(), Error> {

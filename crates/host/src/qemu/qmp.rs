@@ -149,14 +149,25 @@ impl Monitor {
         command: &C,
         patience: Duration,
     ) -> Result<Value, Error> {
-        self.execute_with(command, None, patience)
+        self.execute_with(command, None, None, patience)
             .map(|(value, _)| value)
     }
 
     /// Executes a command; tells whether the last that QEMU has reported until it was done is this event. If not it may
     /// have happened all the same.
     pub(crate) fn execute_for<C: Command>(&self, command: &C, event: &str) -> Result<bool, Error> {
-        let (_, last) = self.execute_with(command, None, TIMEOUT)?;
+        let (_, last) = self.execute_with(command, None, None, TIMEOUT)?;
+        Ok(last.as_deref() == Some(event))
+    }
+
+    /// The same for an event that says that nothing can go wrong any more: the answer is not waited for then. By the clock
+    /// of the host; where it was set back meanwhile the answer is.
+    pub(crate) fn execute_until<C: Command>(
+        &self,
+        command: &C,
+        event: &str,
+    ) -> Result<bool, Error> {
+        let (_, last) = self.execute_with(command, None, Some(event), TIMEOUT)?;
         Ok(last.as_deref() == Some(event))
     }
 
@@ -165,7 +176,8 @@ impl Monitor {
         let command = qapi::qmp::getfd {
             fdname: name.to_owned(),
         };
-        self.execute_with(&command, Some(fd), TIMEOUT).map(drop)
+        self.execute_with(&command, Some(fd), None, TIMEOUT)
+            .map(drop)
     }
 
     fn slot(&self) -> MutexGuard<'_, Option<Connection>> {
@@ -216,6 +228,7 @@ impl Monitor {
         &self,
         command: &C,
         fd: Option<BorrowedFd<'_>>,
+        until: Option<&str>,
         patience: Duration,
     ) -> Result<(Value, Option<String>), Error> {
         let mut slot = self.slot();
@@ -225,7 +238,7 @@ impl Monitor {
         // One that broke since it was last used is made anew. Should QEMU have taken the command after all: every command
         // that this crate uses may be repeated, or is refused the second time.
         let used = slot.take().map(|mut connection| {
-            let reply = connection.exchange(&request, &id, fd, deadline)?;
+            let reply = connection.exchange(&request, &id, fd, until, deadline)?;
             Ok::<_, io::Error>((connection, reply))
         });
         let is_broken = |error: &io::Error| {
@@ -236,15 +249,17 @@ impl Monitor {
             Some(Err(error)) if !is_broken(&error) => Err(error),
             Some(Ok(done)) => Ok(done),
             _ => Connection::open(&self.path, deadline).and_then(|mut connection| {
-                let reply = connection.exchange(&request, &id, fd, deadline)?;
+                let reply = connection.exchange(&request, &id, fd, until, deadline)?;
                 Ok((connection, reply))
             }),
         };
         let (connection, reply) = done.map_err(|error| self.failed(error))?;
-        // Only a connection on which nothing is outstanding is used again.
+        // Only a connection on which nothing is outstanding is used again, but for answers that nobody waits for: they are
+        // passed over.
         *slot = Some(connection);
         match (reply.value, reply.error) {
             (Some(value), _) => Ok((value, reply.event)),
+            (None, None) if until.is_some() => Ok((Value::Null, reply.event)),
             (None, Some(error)) => Err(Error::Refused {
                 command: C::NAME,
                 description: error.desc,
@@ -291,19 +306,22 @@ impl Connection {
         let capabilities = qapi::qmp::qmp_capabilities { enable: None };
         let id = Uuid::new_v4().to_string();
         let request = Execute::line(&capabilities, &id)?;
-        connection.exchange(&request, &id, None, deadline)?;
+        connection.exchange(&request, &id, None, None, deadline)?;
         Ok(connection)
     }
 
     /// Sends a command, with a descriptor if there is one, and gives its answer with the last event before it. Answers
-    /// to others are passed over.
+    /// to others are passed over. Where an event is waited for, too, it ends with the first of both; one from before the
+    /// command, that nobody has read yet, is not it.
     fn exchange(
         &mut self,
         request: &[u8],
         id: &str,
         fd: Option<BorrowedFd<'_>>,
+        until: Option<&str>,
         deadline: Instant,
     ) -> io::Result<Reply> {
+        let began = SystemTime::now();
         let stream = self.reader.get_mut();
         stream.set_write_timeout(Some(left(deadline)?))?;
         let sent = match fd {
@@ -323,6 +341,10 @@ impl Connection {
                 continue;
             }
             if let Some(event) = self.noted(&reply) {
+                let happened = reply.timestamp.and_then(Timestamp::time);
+                if until == Some(event.as_str()) && happened.is_some_and(|at| at >= began) {
+                    return Ok(reply);
+                }
                 last_event = Some(event);
             }
         }
@@ -407,7 +429,7 @@ fn left(deadline: Instant) -> io::Result<Duration> {
 pub(super) fn answer(said: UnixStream, deadline: Instant) -> io::Result<Option<Value>> {
     let mut connection = Connection::new(said);
     connection
-        .exchange(b"", "1", None, deadline)
+        .exchange(b"", "1", None, None, deadline)
         .map(|reply| reply.value)
 }
 
@@ -476,6 +498,31 @@ mod tests {
         let (_dir, monitor) = serve(vec![[GREETING, &[paused, again]].concat()]);
         assert!(monitor.execute_for(&qapi::qmp::stop {}, "STOP").unwrap());
         assert!(!monitor.execute_for(&qapi::qmp::stop {}, "STOP").unwrap());
+    }
+
+    #[test]
+    fn an_event_that_says_enough_is_not_followed_by_a_wait_for_the_answer() {
+        let resumed =
+            "{\"timestamp\":{\"seconds\":99999999999,\"microseconds\":0},\"event\":\"RESUME\"}\n";
+        let late =
+            "{\"return\":{\"a\":1},\"id\":\"the first\"}\n{\"return\":{\"a\":2},\"id\":ID}\n";
+        let (_dir, monitor) = serve(vec![[GREETING, &[resumed, late]].concat()]);
+        assert!(
+            monitor
+                .execute_until(&qapi::qmp::cont {}, "RESUME")
+                .unwrap()
+        );
+        let value = monitor.execute_value(&qapi::qmp::query_status {}).unwrap();
+        assert_eq!(value["a"], 2);
+    }
+
+    #[test]
+    fn an_event_from_before_the_command_says_nothing_about_it() {
+        let old = "{\"timestamp\":{\"seconds\":7,\"microseconds\":5},\"event\":\"RESUME\"}\n{\"event\":\"RESUME\"}\n";
+        let refused = [old, "{\"error\":{\"desc\":\"no\"},\"id\":ID}\n"].concat();
+        let (_dir, monitor) = serve(vec![[GREETING, &[refused.leak()]].concat()]);
+        let told = monitor.execute_until(&qapi::qmp::cont {}, "RESUME");
+        assert!(matches!(told, Err(Error::Refused { .. })), "{told:?}");
     }
 
     #[test]

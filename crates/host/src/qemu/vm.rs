@@ -506,8 +506,10 @@ impl Vm for QemuVm {
         let deadline = Instant::now() + FINALIZE_TIMEOUT;
         // Right after its state was saved, or saving was cancelled, QEMU still finishes its migration.
         loop {
-            let error = match self.or_gone(self.monitor.execute_for(&qmp::cont {}, "RESUME")) {
-                // Asking would make the pause longer.
+            // The event comes when all that can go wrong has not. The answer can take milliseconds longer where the guest
+            // waits for pages; to ask would, too.
+            let resumed = self.monitor.execute_until(&qmp::cont {}, "RESUME");
+            let error = match self.or_gone(resumed) {
                 Ok(true) => return Ok(()),
                 Ok(false) => break,
                 Err(error) => error,

@@ -314,6 +314,9 @@ impl Stream<'_> {
                     self.last = last;
                     // Before anybody can know, and so before the next round begins.
                     self.shared.received.round_end(round, self.shared.streams);
+                    if !last {
+                        self.shared.digests.settle();
+                    }
                     report(Report::RoundEnd { round, last });
                 }
                 Frame::Pages(_)

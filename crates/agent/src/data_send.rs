@@ -413,6 +413,9 @@ impl Stream {
             }
             Job::RoundEnd { round, last } => {
                 self.encoder.end_round();
+                if !*last {
+                    self.link.shared.digests.settle();
+                }
                 self.follows |= last;
                 let frame = Frame::RoundEnd {
                     round: *round,

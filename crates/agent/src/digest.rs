@@ -4,17 +4,38 @@
 //! channel's own authentication stands. XXH3-128 with a seed that both sides know, because it costs next to
 //! nothing beside encryption. The root is SHA-256 over the digests, region by region.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use aws_lc_rs::digest::{Context, SHA256};
-use palanquin_engine::pages::RamLayout;
+use palanquin_engine::pages::{BLOCK_PAGES, RamLayout};
 use palanquin_engine::{Root, ids::Sha256};
 use twox_hash::XxHash3_128;
+
+/// Bytes of a digest.
+const DIGEST_BYTES: usize = 16;
+/// Pages whose digests have a digest together.
+const GROUP: usize = BLOCK_PAGES as usize;
 
 /// The digests of all pages of a VM: 16 bytes each. A page of zeros has the digest 0, as a hole has.
 pub struct Digests {
     seed: u64,
-    regions: Vec<Vec<[AtomicU64; 2]>>,
+    regions: Vec<Region>,
+    /// Held by who computes digests of groups: of two at once the one that has seen less might write last.
+    settling: Mutex<()>,
+}
+
+struct Region {
+    pages: Vec<[AtomicU64; 2]>,
+    groups: Vec<Group>,
+}
+
+/// A digest of the digests of a block.
+#[derive(Default)]
+struct Group {
+    /// Whether one of its pages has changed since it was computed. Set after the page's digest.
+    changed: AtomicBool,
+    digest: [AtomicU64; 2],
 }
 
 /// What [`Digests::set`] did.
@@ -29,14 +50,23 @@ pub struct Stored {
 impl Digests {
     /// All pages are zero.
     pub fn new(layout: &RamLayout, seed: u64) -> Self {
-        let regions = (0..layout.regions())
-            .map(|region| {
-                (0..layout.pages(region))
-                    .map(|_| Default::default())
-                    .collect()
-            })
-            .collect();
-        Self { seed, regions }
+        let zeros = XxHash3_128::oneshot_with_seed(seed, &[0; GROUP * DIGEST_BYTES]);
+        let region = |region| {
+            let pages: Vec<_> = (0..layout.pages(region))
+                .map(|_| Default::default())
+                .collect();
+            let group = |pages: &[_]| Group {
+                changed: AtomicBool::new(pages.len() != GROUP),
+                digest: halves(zeros).map(AtomicU64::new),
+            };
+            let groups = pages.chunks(GROUP).map(group).collect();
+            Region { pages, groups }
+        };
+        Self {
+            seed,
+            regions: (0..layout.regions()).map(region).collect(),
+            settling: Mutex::default(),
+        }
     }
 
     /// The seed.
@@ -44,20 +74,22 @@ impl Digests {
         self.seed
     }
 
-    fn slot(&self, region: u16, page: u64) -> Option<&[AtomicU64; 2]> {
-        self.regions
-            .get(usize::from(region))?
-            .get(usize::try_from(page).ok()?)
+    fn slot(&self, region: u16, page: u64) -> Option<(&[AtomicU64; 2], &Group)> {
+        let region = self.regions.get(usize::from(region))?;
+        let page = usize::try_from(page).ok()?;
+        region.pages.get(page).zip(region.groups.get(page / GROUP))
     }
 
     /// The page has these contents, which are not all zero.
     pub fn set(&self, region: u16, page: u64, contents: &[u8]) -> Stored {
         let digest = XxHash3_128::oneshot_with_seed(self.seed, contents);
-        let before = self.slot(region, page).is_some_and(|[low, high]| {
+        let before = self.slot(region, page).is_some_and(|([low, high], group)| {
             // Each page belongs to one stream, and the streams are joined before the root is computed.
             let before = low.load(Ordering::Relaxed) | high.load(Ordering::Relaxed);
-            low.store(digest as u64, Ordering::Relaxed);
-            high.store((digest >> 64) as u64, Ordering::Relaxed);
+            let [new_low, new_high] = halves(digest);
+            low.store(new_low, Ordering::Relaxed);
+            high.store(new_high, Ordering::Relaxed);
+            group.changed.store(true, Ordering::Release);
             before != 0
         });
         Stored { digest, before }
@@ -65,43 +97,66 @@ impl Digests {
 
     /// Whether the page has contents that are not all zero.
     pub fn is_known(&self, region: u16, page: u64) -> bool {
-        self.slot(region, page).is_some_and(|[low, high]| {
+        self.slot(region, page).is_some_and(|([low, high], _)| {
             low.load(Ordering::Relaxed) | high.load(Ordering::Relaxed) != 0
         })
     }
 
     /// The page is all zeros; true if it was not so before.
     pub fn set_zero(&self, region: u16, page: u64) -> bool {
-        self.slot(region, page).is_some_and(|[low, high]| {
+        self.slot(region, page).is_some_and(|([low, high], group)| {
             let was = low.swap(0, Ordering::Relaxed) | high.swap(0, Ordering::Relaxed);
+            if was != 0 {
+                group.changed.store(true, Ordering::Release);
+            }
             was != 0
         })
     }
 
+    /// Does what of the root can be done before everything has arrived: of the pages of a VM it takes milliseconds, which
+    /// the pause need not have. Other threads may go on.
+    pub fn settle(&self) {
+        let _one = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut digests = Vec::with_capacity(GROUP * DIGEST_BYTES);
+        for region in &self.regions {
+            for (group, pages) in region.groups.iter().zip(region.pages.chunks(GROUP)) {
+                // Before they are read: what changes meanwhile is looked at again.
+                if !group.changed.swap(false, Ordering::AcqRel) {
+                    continue;
+                }
+                digests.clear();
+                for half in pages.iter().flatten() {
+                    digests.extend_from_slice(&half.load(Ordering::Relaxed).to_le_bytes());
+                }
+                let digest = XxHash3_128::oneshot_with_seed(self.seed, &digests);
+                for (kept, half) in group.digest.iter().zip(halves(digest)) {
+                    kept.store(half, Ordering::Relaxed);
+                }
+            }
+        }
+    }
+
     /// The root over all pages.
     pub fn root(&self) -> Root {
+        self.settle();
         let mut context = Context::new(&SHA256);
         context.update(b"palanquin memory root v1");
         context.update(&self.seed.to_le_bytes());
-        let mut block = Vec::with_capacity(4096);
         for region in &self.regions {
-            context.update(&(region.len() as u64).to_le_bytes());
-            // A digest of the digests of a block first: SHA-256 over 16 bytes for each page would take
-            // milliseconds of the pause.
-            for pages in region.chunks(256) {
-                block.clear();
-                for [low, high] in pages {
-                    block.extend_from_slice(&low.load(Ordering::Relaxed).to_le_bytes());
-                    block.extend_from_slice(&high.load(Ordering::Relaxed).to_le_bytes());
-                }
-                let digest = XxHash3_128::oneshot_with_seed(self.seed, &block);
-                context.update(&digest.to_le_bytes());
+            context.update(&(region.pages.len() as u64).to_le_bytes());
+            for half in region.groups.iter().flat_map(|group| &group.digest) {
+                context.update(&half.load(Ordering::Relaxed).to_le_bytes());
             }
         }
         let mut root = [0; 32];
         root.copy_from_slice(context.finish().as_ref());
         Root(root)
     }
+}
+
+/// The lower half first.
+fn halves(digest: u128) -> [u64; 2] {
+    [digest as u64, (digest >> 64) as u64]
 }
 
 /// SHA-256 of bytes that come one after the other.
@@ -163,6 +218,31 @@ mod tests {
             one,
             "the same page elsewhere is another memory"
         );
+    }
+
+    #[test]
+    fn the_root_is_the_same_however_often_and_by_whomever_it_was_begun() {
+        let layout = RamLayout::new(vec![600, 2]).unwrap();
+        let (once, often) = (Digests::new(&layout, 7), Digests::new(&layout, 7));
+        let page = |n: u64| [n.to_le_bytes(); 512].concat();
+        for n in 0..2000 {
+            once.set(0, n * 7 % 600, &page(n));
+        }
+        std::thread::scope(|scope| {
+            // As streams do: each its own blocks, and each settles all of them.
+            for stream in 0..2 {
+                let often = &often;
+                scope.spawn(move || {
+                    for n in (0..2000).filter(|n| n * 7 % 600 / 256 % 2 == stream) {
+                        often.set(0, n * 7 % 600, &page(n));
+                        often.settle();
+                    }
+                });
+            }
+        });
+        assert_eq!(once.root(), often.root());
+        assert!(often.set_zero(0, 599) && once.set_zero(0, 599));
+        assert_eq!(once.root(), often.root());
     }
 
     #[test]

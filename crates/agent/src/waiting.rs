@@ -11,7 +11,7 @@ use palanquin_engine::message::{Demand, FAULT_BUCKETS, Message};
 use palanquin_engine::pages::{PAGE_BYTES, PageSet, RamLayout};
 use palanquin_host::Error;
 use palanquin_host::vm::{GuestRam, MissingPages, Region};
-use tracing::{debug, warn};
+use tracing::{debug, trace, warn};
 
 use crate::data_send::Pulled;
 use crate::digest::Digests;
@@ -27,7 +27,7 @@ pub type ChannelSlot = Arc<Mutex<Option<Arc<WireChannel>>>>;
 pub struct Waiting {
     missing: Arc<dyn MissingPages>,
     ram: Arc<dyn GuestRam>,
-    digests: Pulled,
+    digests: Arc<Pulled>,
     arrived: Vec<Vec<AtomicU64>>,
     accesses: Mutex<Accesses>,
 }
@@ -45,14 +45,14 @@ impl Waiting {
         missing: Arc<dyn MissingPages>,
         ram: Arc<dyn GuestRam>,
         layout: &RamLayout,
-        seed: u64,
+        digests: Arc<Pulled>,
     ) -> Self {
         let words = |region| usize::try_from(layout.pages(region).div_ceil(64)).unwrap_or(0);
         let region = |region| (0..words(region)).map(|_| AtomicU64::new(0)).collect();
         Self {
             missing,
             ram,
-            digests: Pulled::new(layout, seed),
+            digests,
             arrived: (0..layout.regions()).map(region).collect(),
             accesses: Mutex::default(),
         }
@@ -147,6 +147,12 @@ impl Waiting {
         for page in pages {
             if let Some(since) = accesses.since.remove(&(region, page)) {
                 let micros = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
+                trace!(
+                    region,
+                    page,
+                    wait_us = micros,
+                    "a page that was waited for is here"
+                );
                 let bucket = (64 - micros.leading_zeros()) as usize;
                 let bucket = bucket.min(FAULT_BUCKETS - 1);
                 if accesses.waits_log2_us.len() <= bucket {
@@ -232,6 +238,7 @@ impl Asking {
                     return;
                 }
                 for (region, page) in touched.drain(..) {
+                    trace!(region, page, "an access waits");
                     if waiting.touched(region, page) {
                         ask(&channel, region, page);
                     }
@@ -330,7 +337,8 @@ mod tests {
         let layout = RamLayout::new(vec![100]).unwrap();
         let missing: Arc<dyn MissingPages> = Arc::clone(&fake) as _;
         let ram: Arc<dyn GuestRam> = Arc::clone(&fake) as _;
-        (fake, Waiting::new(missing, ram, &layout, 1))
+        let digests = Arc::new(Pulled::new(&layout, 1));
+        (fake, Waiting::new(missing, ram, &layout, digests))
     }
 
     #[test]

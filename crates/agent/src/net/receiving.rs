@@ -23,6 +23,7 @@ use super::protocol::{
 };
 use crate::chain::chain;
 use crate::data_receive::{GuestBytes, Inbound, Report, Shared, receive};
+use crate::data_send::Pulled;
 use crate::digest::Digests;
 use crate::received::Received;
 use crate::stream_proof::{Opening, exporter_context};
@@ -35,6 +36,8 @@ pub(super) struct Receiving {
     port: Arc<Port>,
     host: String,
     shared: Arc<Shared>,
+    /// Digests of what is waited for.
+    pulled: Arc<Pulled>,
     control: ChannelSlot,
     expected: Mutex<Option<Expected>>,
     sockets: Mutex<Vec<TcpStream>>,
@@ -65,6 +68,7 @@ impl Receiving {
         let port = Arc::new(port);
         let state_port = Arc::clone(&port);
         Ok(Self {
+            pulled: Arc::new(Pulled::new(&layout, incoming.digest_seed)),
             shared: Arc::new(Shared {
                 ram,
                 digests: Digests::new(&layout, incoming.digest_seed),
@@ -188,7 +192,7 @@ impl Receiving {
         let missing = Arc::new(SharedMissing::new(SharedFaults { uffd, pid, windows }));
         let shared = &self.shared;
         let ram = Arc::clone(&shared.ram);
-        let waiting = Waiting::new(missing, ram, &shared.layout, shared.digests.seed());
+        let waiting = Waiting::new(missing, ram, &shared.layout, Arc::clone(&self.pulled));
         if shared.waiting.set(waiting).is_err() {
             return Err(io::Error::other("pages are waited for already"));
         }
@@ -273,6 +277,13 @@ impl Receiving {
     fn start(&self, expected: Expected) {
         let generation = expected.generation;
         let _ = self.tell(&FromReceiving::Streams(generation));
+        if expected.streams.len() > self.shared.streams {
+            // One is for pages that are waited for. The first of them should not wait for this as well.
+            let pulled = Arc::clone(&self.pulled);
+            spawn("pulled", move || {
+                pulled.digests();
+            });
+        }
         for (index, mut inbound) in (0..).zip(expected.streams.into_iter().flatten()) {
             let (shared, port) = (Arc::clone(&self.shared), Arc::clone(&self.port));
             let socket = inbound.socket();

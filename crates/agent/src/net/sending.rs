@@ -196,6 +196,13 @@ impl Sending {
             // An agent that has closed the port wants no reports.
             let _ = port.send(&FromSending::Done(op, told).encoded(), &[]);
         };
+        if open.urgent {
+            // The first page that is waited for should not wait for this as well.
+            let pulled = Arc::clone(&self.pulled);
+            spawn("pulled", move || {
+                pulled.digests();
+            });
+        }
         let senders = Senders::start(streams, open.urgent, &shared, &report)
             .map_err(|error| Reason::new("internal", error.to_string()))?;
         Ok((senders, shared))

@@ -330,7 +330,11 @@ impl SourceSession {
                 self.report(op, result.map(|()| SourceDone::Done));
             }
             SourceAction::Collect { op, first } => {
+                let began = std::time::Instant::now();
                 let result = self.collect(first);
+                let took_us = began.elapsed().as_micros();
+                let pages = result.as_ref().map_or(0, PageSet::len);
+                debug!(pages, took_us, "looked for written pages");
                 self.report(op, result.map(SourceDone::Collected));
             }
             SourceAction::SendPages {

@@ -16,6 +16,8 @@ use palanquin_engine::pages::{Block, PageSet};
 use palanquin_engine::progress::SentCounters;
 use palanquin_engine::source::Op;
 
+use tracing::debug;
+
 use crate::data_send::{COUNTERS_BYTES, counters_from};
 use crate::digest::Sha256Of;
 use crate::net::port::Port;
@@ -186,6 +188,7 @@ impl OutStreams {
             chunk: 0,
             early: true,
             bytes: 0,
+            early_bytes: 0,
             sha256: Sha256Of::default(),
         }
     }
@@ -258,6 +261,7 @@ pub struct DeviceStateOut {
     chunk: u32,
     early: bool,
     bytes: u64,
+    early_bytes: u64,
     sha256: Sha256Of,
 }
 
@@ -265,10 +269,13 @@ impl DeviceStateOut {
     /// What is written from now on was saved after the pause.
     pub fn paused(&mut self) {
         self.early = false;
+        self.early_bytes = self.bytes;
     }
 
     /// Length and digest of what was written.
     pub fn finish(self) -> (u64, Sha256) {
+        let (bytes, early_bytes) = (self.bytes, self.early_bytes);
+        debug!(bytes, early_bytes, "the device state is saved");
         (self.bytes, self.sha256.finish())
     }
 }

@@ -104,12 +104,14 @@ impl Work {
             .pause_to_save(self.state_limit, &mut Early(&mut out))
             .map_err(|error| failure("pause", &error))?;
         out.paused();
+        debug!(?since, "paused");
         fail_point("source-paused");
         self.out = Some(out);
         Ok(SourceDone::Paused { since, looked_into })
     }
 
     fn save(&mut self) -> Result<SourceDone, Failure> {
+        debug!("save the rest of the device state");
         fail_point("source-saving");
         let mut out = self.out.take().ok_or_else(|| missing("device state"))?;
         self.vm()?

@@ -601,6 +601,8 @@ impl SourceSession {
         fail_point(match then {
             // What saving the device state has written, under any strategy.
             RoundMark::Last => "source-last-round",
+            // What devices look into, before a switchover to post-copy.
+            RoundMark::None => "source-ahead",
             _ => "source-round",
         });
         self.expect_jobs(op, jobs);

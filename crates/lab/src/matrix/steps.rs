@@ -115,10 +115,12 @@ pub const POST_COPY: &[Step] = &[
     destination("destination-sent-Accepted", "offer accepted", "ssss", ""),
     source("source-received-Accepted", "acceptance received", "ssss", ""),
     destination("destination-sent-StreamsReady", "streams open", "ssse", ""),
-    source("source-received-StreamsReady", "streams known to be open", "sssd", ""),
+    // Nothing is between this and the pause: the cut may be noticed before it or after.
+    source("source-received-StreamsReady", "streams known to be open", "ssse", ""),
     source("source-pausing", "VM about to be paused", "ssss", ""),
     source("source-paused", "VM paused", "ssss", ""),
     source("source-saving", "device state being saved", "ssss", ""),
+    source("source-ahead", "pages that devices look into sent ahead", "ssss", "al"),
     source("source-sent-Seal", "seal sent", "ssss", ""),
     destination("destination-loading", "device state about to be loaded", "ssss", ""),
     source("source-serving-load", "a page demanded by a device that is loaded", "ssss", ""),

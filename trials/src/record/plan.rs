@@ -58,7 +58,9 @@ impl Plan {
     pub(super) fn new(seed: u64, count: usize) -> Self {
         let mut chance = Chance::new(seed);
         let pick = |chance: &mut Chance, of: usize| (chance.number() % of as u64) as usize;
-        let link_mbit_s = [None, Some(1000), Some(300), Some(100)][(seed % 4) as usize];
+        // Every other session is held out: both parts have everything.
+        let pair = seed / 2;
+        let link_mbit_s = [None, Some(1000), Some(300), Some(100)][(pair % 4) as usize];
         let fill_mib = [24, 48, 64][pick(&mut chance, 3)];
         let mut actions = Vec::new();
         for at in 0..MIGRATIONS {
@@ -75,7 +77,7 @@ impl Plan {
                 "post-copy",
                 "stop-and-copy",
             ];
-            let first = seed as usize * MIGRATIONS;
+            let first = pair as usize * MIGRATIONS;
             actions.push(Action::Palanquin {
                 strategy: strategies[(first + at) % strategies.len()],
                 limit_mbit_s: limit(&mut chance),
@@ -178,5 +180,24 @@ mod tests {
         assert_eq!(count(&moved), MIGRATIONS);
         let moved = |of: &Action| matches!(of, Action::Qemu { abort_s: None, .. });
         assert_eq!(count(&moved), MIGRATIONS);
+    }
+
+    #[test]
+    fn four_sessions_give_both_parts_every_strategy() {
+        for part in 0..2 {
+            let strategies: std::collections::BTreeSet<_> = [8 + part, 10 + part]
+                .into_iter()
+                .flat_map(|seed| Plan::new(seed, 14).actions)
+                .filter_map(|action| match action {
+                    Action::Palanquin {
+                        strategy,
+                        abort_s: None,
+                        ..
+                    } => Some(strategy),
+                    _ => None,
+                })
+                .collect();
+            assert_eq!(strategies.len(), 6, "{strategies:?}");
+        }
     }
 }

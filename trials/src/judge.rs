@@ -141,8 +141,9 @@ pub fn judge(number: usize, session: &Session, calibration: &Calibration) -> Ver
             old_alarm_s: None,
         };
         for finding in &found {
-            // What is told last of something before is not of this.
-            let is_own = finding.onset_s >= event.from_s - ONSET_SLACK_S;
+            // What is told last of something before is not of this. Round trips may have grown for another reason before.
+            let since_s = finding.break_s.unwrap_or(finding.onset_s);
+            let is_own = since_s >= event.from_s - ONSET_SLACK_S;
             if finding.target != event.target || !is_own || !within(told_s(finding)) {
                 continue;
             }

@@ -9,9 +9,9 @@ use palanquin_trials::report::{Report, report};
 use palanquin_watch::{Calibration, Class};
 
 /// Least share of held-out migrations that are alarms.
-const RECALL: f64 = 0.76;
+const RECALL: f64 = 0.94;
 /// Most alarms where nothing was moved, of held-out sessions.
-const FALSE_ALARMS: usize = 5;
+const FALSE_ALARMS: usize = 1;
 
 fn corpus() -> Vec<Session> {
     read_all(&Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus")).unwrap()
@@ -75,10 +75,11 @@ fn labels_are_in_order_and_within_their_traces() {
 fn what_is_held_out_is_not_what_it_was_calibrated_with() {
     for session in corpus() {
         let labels = &session.labels;
-        let is_even = labels.seed.is_multiple_of(2);
+        // The first eight were looked at to find out what the detector gets wrong.
+        let is_for_calibration = labels.seed < 8 || labels.seed.is_multiple_of(2);
         assert_eq!(
             labels.part == Part::Calibration,
-            is_even,
+            is_for_calibration,
             "{}",
             labels.session
         );

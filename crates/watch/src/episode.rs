@@ -20,12 +20,17 @@ const BEFORE_MIN_S: u64 = 3;
 /// Round trips that are high for so long behind the break: they have grown then. What is high is told by a mean over some
 /// seconds, so that it lasts for four seconds longer.
 const AFTER_MIN_S: u64 = 8;
+/// Breaks further apart than this are of two things that happened: a VM that was moved is silent, announces itself and has
+/// another clock within less.
+const APART_S: u64 = 15;
 /// For so long after something unusual, more probes are wanted.
 const RECENT_S: u64 = 10;
 /// Silences up to this are short.
 const SHORT_US: u64 = 3_000_000;
 /// Silences up to this are medium.
 const MEDIUM_US: u64 = 15_000_000;
+/// A lag below this is slight: a guest whose host is busy has as much without having been moved.
+const SLIGHT_MS: f64 = 20.0;
 /// A clock may lag by so much more than the silence that was seen.
 const LAG_SLACK_MS: f64 = 20.0;
 /// So many announcements are no chance: QEMU sends five at least, and a guest that hears of it as many of its own.
@@ -49,6 +54,7 @@ pub(crate) struct Surroundings {
 /// One episode of one VM.
 pub(crate) struct Episode {
     number: u64,
+    earliest: u64,
     began: u64,
     onset: u64,
     /// Last second in which anything was unusual.
@@ -58,6 +64,8 @@ pub(crate) struct Episode {
     low_s: u64,
     /// When the break was seen, and for how long round trips had grown before.
     broke: Option<(u64, u64)>,
+    /// Last second with a silence or an announcement; the first if there was none.
+    struck: u64,
     high_after_s: u64,
     silence_us: u64,
     least_silence_us: u64,
@@ -104,14 +112,32 @@ impl Episode {
             || has_step
     }
 
+    /// Where this second shows the break of something else than this episode is about: when that began. A clock may be read
+    /// late: that it has jumped is of what was there before.
+    pub(crate) fn another(
+        &self,
+        second: u64,
+        signals: &Signals,
+        calibration: &Calibration,
+    ) -> Option<u64> {
+        let began = match signals.run {
+            Some((run, _)) if Self::has_silence(signals, calibration) => run.first_us / 1_000_000,
+            _ if signals.announcements > 0 => second,
+            _ => return None,
+        };
+        (self.broke.is_some() && began > self.struck + APART_S).then_some(began)
+    }
+
     /// Whether something was unusual in the seconds before `next`.
     pub(crate) fn is_recent(&self, next: u64) -> bool {
         next.saturating_sub(self.unusual) <= RECENT_S
     }
 
-    pub(crate) fn new(number: u64, second: u64) -> Self {
+    /// Begins in this second. What was unusual before `earliest` was of something else.
+    pub(crate) fn new(number: u64, second: u64, earliest: u64) -> Self {
         Self {
             number,
+            earliest,
             began: second,
             onset: second,
             unusual: second,
@@ -119,6 +145,7 @@ impl Episode {
             high_s: 0,
             low_s: 0,
             broke: None,
+            struck: second,
             high_after_s: 0,
             silence_us: 0,
             least_silence_us: 0,
@@ -238,6 +265,8 @@ impl Episode {
                 Channel::Clock,
                 if ms > 0.0 {
                     3
+                } else if -ms < SLIGHT_MS {
+                    4
                 } else if -ms <= longest_ms + LAG_SLACK_MS {
                     1
                 } else {
@@ -286,7 +315,7 @@ impl Episode {
     ) {
         let has_risen = signals.is_high && signals.rise >= calibration.rise.weak;
         if has_risen {
-            self.onset = self.onset.min(signals.rise_onset);
+            self.onset = self.onset.min(signals.rise_onset.max(self.earliest));
             self.rise = self.rise.max(signals.rise);
             self.high_s += 1;
             self.low_s = 0;
@@ -302,7 +331,9 @@ impl Episode {
             self.silence_us = self.silence_us.max(run.longest_us());
             self.least_silence_us = self.least_silence_us.max(run.shortest_us());
             if has_silence {
-                self.onset = self.onset.min(run.after_us / 1_000_000);
+                self.onset = self
+                    .onset
+                    .min((run.after_us / 1_000_000).max(self.earliest));
             }
         }
         if let Some((_, ms)) = signals.late {
@@ -341,6 +372,10 @@ impl Episode {
         self.has_clock |= signals.has_clock;
         self.path = signals.path.unwrap_or(self.path);
         self.announcements = self.announcements.saturating_add(signals.announcements);
+        // Not by clocks: their readings scatter more while memory is copied, and look like small steps then.
+        if has_silence || is_announced {
+            self.struck = second;
+        }
         let is_unusual = has_risen
             || has_silence
             || has_step
@@ -455,10 +490,11 @@ impl Episode {
                         .iter()
                         .any(|channel| weighed.ratios[*channel as usize] >= SPEAKS)
                 };
-                if voices.iter().filter(speaks).count() >= 2 {
-                    Level::Confirmed
-                } else {
-                    Level::Alarm
+                match voices.iter().filter(speaks).count() {
+                    // Nothing that means much by itself: many things together that are each as usual elsewhere.
+                    0 => Level::Note,
+                    1 => Level::Alarm,
+                    _ => Level::Confirmed,
                 }
             }
         }

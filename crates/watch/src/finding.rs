@@ -155,6 +155,7 @@ impl Channel {
                 "lag-fits-silence",
                 "lag-longer-than-silence",
                 "forward",
+                "slight-lag",
             ],
             Self::Path => &["same", "changed"],
             Self::Announcement => &["none", "seen", "repeated"],

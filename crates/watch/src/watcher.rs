@@ -297,6 +297,16 @@ impl Watcher {
     }
 
     fn judge_vm(&mut self, at: usize, second: u64, disturbed: &[bool]) {
+        let mut earliest = 0;
+        let signals = &self.targets[at].signals;
+        if let Some(episode) = &self.vms[at].episode
+            && let Some(began) = episode.another(second, signals, &self.calibration)
+            && let Some(before) = self.vms[at].episode.take()
+        {
+            earliest = began;
+            self.targets[at].calm();
+            self.end_episode(at, second, before);
+        }
         let target = &self.targets[at];
         if self.vms[at].episode.is_none() {
             if !Episode::begins(&target.signals, &self.calibration) {
@@ -304,7 +314,7 @@ impl Watcher {
             }
             self.vms[at].episodes += 1;
             let number = self.vms[at].episodes;
-            self.vms[at].episode = Some(Episode::new(number, second));
+            self.vms[at].episode = Some(Episode::new(number, second, earliest));
         }
         let around = self.surroundings(at, disturbed);
         let Some(mut episode) = self.vms[at].episode.take() else {
@@ -374,14 +384,17 @@ impl Watcher {
     fn interrupt(&mut self) {
         for at in 0..self.targets.len() {
             if let Some(episode) = self.vms[at].episode.take() {
-                let second = self.next.unwrap_or(0);
-                let names = |host: usize| self.targets[host].name.clone();
-                let name = &self.targets[at].name;
-                let finding = episode.end(second, name, &names, &self.calibration);
-                self.tell(finding);
+                self.end_episode(at, self.next.unwrap_or(0), episode);
             }
             self.targets[at].interrupted();
         }
+    }
+
+    fn end_episode(&mut self, at: usize, second: u64, episode: Episode) {
+        let names = |host: usize| self.targets[host].name.clone();
+        let name = &self.targets[at].name;
+        let finding = episode.end(second, name, &names, &self.calibration);
+        self.tell(finding);
     }
 
     fn tell(&mut self, finding: Option<Box<Finding>>) {

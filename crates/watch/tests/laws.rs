@@ -239,3 +239,78 @@ fn findings_that_nobody_takes_are_counted() {
     assert_eq!(taken, FINDINGS_MAX);
     assert!(watcher.dropped() > 0);
 }
+
+/// A quiet VM of which the probes in these seconds are lost, and that announces itself in others.
+fn watched(lost: &[std::ops::Range<u64>], announced: &[u64]) -> Vec<Finding> {
+    let mut watcher = Watcher::new(Calibration::built_in());
+    let target = watcher.add("vm", Role::Vm).unwrap();
+    let mut see = |sent_us, reading| {
+        let observation = Observation {
+            sent_us,
+            target,
+            reading,
+        };
+        watcher.observe(observation).unwrap();
+    };
+    for at in 0..1800 {
+        let (sent_us, second) = (at * 500_000, at / 2);
+        let is_lost = lost.iter().any(|range| range.contains(&second));
+        see(
+            sent_us,
+            if is_lost {
+                Reading::Lost
+            } else {
+                Reading::Rtt {
+                    ms: 0.8 + (at * 7919 % 97) as f64 / 200.0,
+                }
+            },
+        );
+        if announced.contains(&second) && at % 2 == 0 {
+            for _ in 0..4 {
+                see(sent_us, Reading::Announced);
+            }
+        }
+    }
+    watcher.finish();
+    std::iter::from_fn(|| watcher.poll()).collect()
+}
+
+#[test]
+fn what_breaks_again_after_a_while_is_another_episode() {
+    let twice = watched(&[700..705, 727..732], &[732, 733]);
+    let last = twice.last().unwrap();
+    assert_eq!(last.episode, 2, "{twice:?}");
+    assert!(last.onset_s >= 720.0, "{last:?}");
+    assert_eq!(last.class, palanquin_watch::Class::Migration, "{last:?}");
+    // Silent, and announced when it is over: that is one.
+    let once = watched(&[700..709], &[709, 710]);
+    assert!(once.iter().all(|finding| finding.episode == 1), "{once:?}");
+}
+
+#[test]
+fn many_channels_that_each_say_little_make_no_alarm() {
+    let mut calibration = Calibration::built_in();
+    calibration.alarm_score = -100.0;
+    calibration.full_curve = [(0.0, 0.9); 10];
+    // Nothing means more in a migration than otherwise.
+    calibration.full = [[[0.1; 6]; 10]; 10];
+    let mut watcher = Watcher::new(calibration);
+    let target = watcher.add("vm", Role::Vm).unwrap();
+    for at in 0..1800 {
+        let reading = if (1400..1410).contains(&at) {
+            Reading::Lost
+        } else {
+            Reading::Rtt { ms: 1.0 }
+        };
+        let observation = Observation {
+            sent_us: at * 500_000,
+            target,
+            reading,
+        };
+        watcher.observe(observation).unwrap();
+    }
+    watcher.finish();
+    while let Some(finding) = watcher.poll() {
+        assert!(finding.level < Level::Alarm, "{finding:?}");
+    }
+}

@@ -456,3 +456,171 @@ fn a_prober_that_stood_still_says_so_and_tells_nothing_of_what_was_under_way() {
         _ => None,
     });
 }
+
+/// Sends a frame of Ethernet from the target, given in hexadecimal digits.
+fn send(net: &Net, frame: &str) {
+    let index = net.target.ip(&["-o", "link", "show", "eth0"]).unwrap();
+    let index = index.split(':').next().unwrap().trim();
+    let script = "socket(my $s, 17, 3, 0) or die $!; \
+         my $to = pack('S n l S C C a8', 17, 0, $ARGV[0], 0, 0, 6, \"\\xff\" x 6); \
+         for (1 .. $ARGV[2]) { defined send($s, pack('H*', $ARGV[1]), 0, $to) or die $! }";
+    let (frame, count) = frame.split_once('*').unwrap_or((frame, "1"));
+    let mut perl = net.target.command("perl");
+    perl.args(["-e", script, index, &frame.replace(' ', ""), count]);
+    let sent = palanquin_lab::process::output(&mut perl, PATIENCE).unwrap();
+    assert!(sent.status.success(), "{sent:?}");
+}
+
+const ALL: &str = "ffffffffffff";
+const VM: &str = "525400000001";
+const STRANGER: &str = "525400000002";
+
+fn rarp(mac: &str) -> String {
+    format!("{ALL}{mac}8035 0001080006040003 {mac}00000000 {mac}00000000")
+}
+
+/// ARP of the target's address, from this hardware address.
+fn gratuitous(mac: &str) -> String {
+    format!("{ALL}{mac}0806 0001080006040001 {mac}0a4e0002 0000000000000a4e0002")
+}
+
+/// Announcements within this time.
+fn announced(events: &Receiver<Event>, within: Duration) -> usize {
+    let deadline = Instant::now() + within;
+    let mut count = 0;
+    while let Ok(event) = events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        count += usize::from(reading(&event) == Some(Reading::Announced));
+    }
+    count
+}
+
+#[test]
+fn announcements_are_heard_of_whom_they_are_and_a_flood_is_not_told_in_full() {
+    let net = net();
+    let mut listening = spec(TARGET, false);
+    listening.interface = Some("eth0".to_owned());
+    let (prober, events) = start(&net, listening).unwrap();
+    let is_announced = |event: &Event| (reading(event) == Some(Reading::Announced)).then_some(());
+    until(&events, |event| {
+        matches!(reading(event), Some(Reading::Rtt { .. })).then_some(())
+    });
+    // Nobody knows yet whose hardware address that is.
+    send(&net, &rarp(VM));
+    send(&net, &rarp(STRANGER));
+    assert_eq!(announced(&events, Duration::from_millis(500)), 0);
+    let before_us = prober.clock().now_us();
+    send(&net, &gratuitous(VM));
+    let at_us = until(&events, |event| match event {
+        Event::Seen {
+            sent_us,
+            reading: Reading::Announced,
+            ..
+        } => Some(*sent_us),
+        _ => None,
+    });
+    assert!((before_us..=prober.clock().now_us()).contains(&at_us));
+    // Now it is known by the address that it claimed.
+    send(&net, &rarp(VM));
+    until(&events, is_announced);
+    send(&net, &rarp(STRANGER));
+    assert_eq!(announced(&events, Duration::from_millis(500)), 0);
+    send(&net, &format!("{}*300", rarp(VM)));
+    // It may fall into two seconds, or into that of the two before.
+    let told = announced(&events, Duration::from_secs(2));
+    assert!((14..=48).contains(&told), "{told}");
+    palanquin_lab::wait::until_true("all are counted", PATIENCE, || {
+        Ok(prober.counted(0).announced >= 302)
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_guest_that_says_by_itself_where_it_is_is_heard() {
+    let net = net();
+    let notify = "/proc/sys/net/ipv4/conf/eth0/arp_notify";
+    let set = net.target.inside(move || Ok(fs::write(notify, "1")?));
+    set.unwrap();
+    let mut listening = spec(TARGET, false);
+    listening.interface = Some("eth0".to_owned());
+    let (_prober, events) = start(&net, listening).unwrap();
+    let address = ["link", "set", "eth0", "address", "52:54:00:00:00:01"];
+    net.target.ip(&address).unwrap();
+    until(&events, |event| {
+        (reading(event) == Some(Reading::Announced)).then_some(())
+    });
+}
+
+#[test]
+fn neighbour_advertisements_that_nobody_asked_for_are_heard() {
+    let net = net();
+    if !Path::new("/proc/sys/net/ipv6").exists() {
+        eprintln!("SKIPPED: no IPv6");
+        return;
+    }
+    let mut listening = spec(TARGET_6, false);
+    listening.interface = Some("eth0".to_owned());
+    let (_prober, events) = start(&net, listening).unwrap();
+    until(&events, |event| {
+        matches!(reading(event), Some(Reading::Rtt { .. })).then_some(())
+    });
+    // Probing makes both sides ask for each other's address: those who were asked announce nothing.
+    assert_eq!(announced(&events, Duration::from_secs(1)), 0);
+    let address = "fd000078000000000000000000000002";
+    let group = "ff020000000000000000000000000001";
+    let packet = |flags: &str, hops: &str| {
+        format!(
+            "333300000001{VM}86dd 6000000000183a{hops} {address}{group} 88000000{flags}000000 {address}"
+        )
+    };
+    send(&net, &packet("60", "ff"));
+    send(&net, &packet("20", "fe"));
+    assert_eq!(announced(&events, Duration::from_millis(500)), 0);
+    send(&net, &packet("20", "ff"));
+    until(&events, |event| {
+        (reading(event) == Some(Reading::Announced)).then_some(())
+    });
+}
+
+#[test]
+fn who_can_not_hear_any_more_says_so_and_hears_again() {
+    let net = net();
+    let mut listening = spec(TARGET, false);
+    listening.interface = Some("eth0".to_owned());
+    listening.targets[0].mac = Some("52:54:00:00:00:01".parse().unwrap());
+    let (_prober, events) = start(&net, listening).unwrap();
+    send(&net, &rarp(VM));
+    let is_announced = |event: &Event| (reading(event) == Some(Reading::Announced)).then_some(());
+    until(&events, is_announced);
+    net.watcher.ip(&["link", "set", "eth0", "down"]).unwrap();
+    let why = until(&events, |event| match event {
+        Event::Deaf { why } => Some(why.clone()),
+        _ => None,
+    });
+    assert!(why.contains("down"), "{why}");
+    net.watcher.ip(&["link", "set", "eth0", "up"]).unwrap();
+    until(&events, |event| matches!(event, Event::Hears).then_some(()));
+    send(&net, &rarp(VM));
+    until(&events, is_announced);
+}
+
+#[test]
+fn what_can_not_be_listened_on_is_refused_by_its_rule() {
+    let net = net();
+    for (name, is_it) in [
+        (
+            "lo",
+            (|error| matches!(error, ProbeError::NotEthernet(_))) as fn(&ProbeError) -> bool,
+        ),
+        ("none0", |error| {
+            matches!(error, ProbeError::Interface { .. })
+        }),
+        ("../eth0", |error| {
+            matches!(error, ProbeError::InterfaceName(_))
+        }),
+    ] {
+        let mut listening = spec(TARGET, false);
+        listening.interface = Some(name.to_owned());
+        let error = start(&net, listening).map(|_| ()).unwrap_err();
+        assert!(is_it(&error), "{name}: {error:?}");
+    }
+}

@@ -1,6 +1,8 @@
-//! What a prober reads from the network: answers of ICMP and NTP, and what the kernel says of them.
+//! What a prober reads from the network: answers of ICMP and NTP, what the kernel says of them, and announcements.
 
-use palanquin_host::fuzzing::{probe_control, probe_icmp, probe_ntp, probe_seeds};
+use palanquin_host::fuzzing::{
+    announcement_seeds, probe_announcement, probe_control, probe_icmp, probe_ntp, probe_seeds,
+};
 
 use super::within;
 use crate::entry::Target;
@@ -13,6 +15,7 @@ pub(crate) const PROBE: Target = Target::new("probe", probe, || {
     let mut server = ntp.clone();
     server[0] = 0x24;
     let seed = |kind: u8, bytes: &[u8]| [&[kind], bytes].concat();
+    let [arp, rarp, advertisement] = announcement_seeds();
     vec![
         seed(0, &control),
         seed(1, &timestamp),
@@ -21,6 +24,9 @@ pub(crate) const PROBE: Target = Target::new("probe", probe, || {
         seed(4, &ntp),
         seed(4, &server),
         seed(4, &server[..47]),
+        seed(5, &arp),
+        seed(6, &rarp),
+        seed(7, &advertisement),
     ]
 });
 
@@ -28,7 +34,7 @@ fn probe(data: &[u8]) {
     let Some((kind, bytes)) = data.split_first() else {
         return;
     };
-    within(0, || match kind % 5 {
+    within(0, || match kind % 8 {
         0 => {
             let _ = probe_control(bytes);
         }
@@ -39,6 +45,9 @@ fn probe(data: &[u8]) {
             "IPv6 has no timestamps"
         ),
         3 => clock(probe_icmp(bytes, false, true), 43_200_001.0),
+        5..=7 => {
+            let _ = probe_announcement(bytes, kind % 8 - 5);
+        }
         _ => {
             // The answer to whatever it says to answer, at any time.
             let time = |at: usize| {

@@ -129,6 +129,8 @@ fn collect(targets: &[Target], prober: &Prober, from: &mpsc::Receiver<Message>) 
                 watcher.stalled(from_us, until_us);
                 collected.stalls_us.push((from_us, until_us));
             }
+            // It listens on no interface: `tcpdump` does.
+            Ok(Message::Probe(Event::Deaf { .. } | Event::Hears)) => {}
             Ok(Message::Probe(Event::News { target, news })) => {
                 let name = &targets[target].name;
                 collected.news.push(format!("{name}: {news:?}"));
@@ -155,6 +157,7 @@ fn converted(reading: Probed) -> Reading {
         Probed::Ttl { hops } => Reading::Ttl { hops },
         Probed::IcmpOffset { ms } => Reading::IcmpOffset { ms },
         Probed::NtpOffset { ms } => Reading::NtpOffset { ms },
+        Probed::Announced => Reading::Announced,
     }
 }
 

@@ -1,5 +1,8 @@
 //! What of this module the fuzz targets reach.
 
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use super::announce::{self, Mac};
 use super::control;
 use super::icmp::{self, Answer, Question};
 use super::ntp::{Packet, Timestamp};
@@ -42,6 +45,38 @@ pub fn probe_ntp(bytes: &[u8], cookie: u64, sent: u64, received: u64) -> Option<
     packet
         .read(cookie, Timestamp(sent), Timestamp(received))
         .ok()
+}
+
+/// ARP (0), RARP (1) or a packet of IPv6, without Ethernet's header: whether it is an announcement, if it says anything of a
+/// machine.
+///
+/// # Panics
+/// If what it says is of no machine.
+pub fn probe_announcement(bytes: &[u8], kind: u8) -> Option<bool> {
+    let heard = match kind {
+        0 => announce::arp(bytes),
+        1 => announce::rarp(bytes),
+        _ => announce::advertisement(bytes, Mac([2, 0, 0, 0, 0, 1])),
+    };
+    let heard = heard.ok()?;
+    assert!(heard.mac.is_own());
+    assert!(
+        heard
+            .address
+            .is_none_or(|address| !address.is_unspecified() && !address.is_multicast())
+    );
+    Some(heard.is_announcement)
+}
+
+/// Announcements to begin with: gratuitous ARP, RARP, a neighbour advertisement.
+pub fn announcement_seeds() -> [Vec<u8>; 3] {
+    let mac = Mac([0x52, 0x54, 0, 1, 2, 3]);
+    let (here, none) = (Ipv4Addr::new(10, 0, 0, 7), Ipv4Addr::UNSPECIFIED);
+    [
+        announce::written(1, (mac, here), (mac, here)),
+        announce::written(3, (mac, none), (mac, none)),
+        announce::written_advertisement(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 7), 0x20),
+    ]
 }
 
 /// Packets to begin with: control messages, messages of ICMP, and a question of NTP.

@@ -1,11 +1,14 @@
-//! Probes: what can be measured of a machine by whoever may send it packets. ICMP echo and timestamp, and NTP.
+//! Probes: what can be measured of a machine by whoever may send it packets: ICMP echo and timestamp, and NTP. And what it
+//! announces on a network that this machine is part of.
 //!
 //! A [`Prober`] has a thread of its own that sends and receives for all targets, and gives what it has seen to a function.
 //! Round trips end when the kernel has taken the answer, not when we get to read it. Whoever suspects something asks for a
 //! [`Prober::burst`] of probes. When the thread itself was late it says so, and drops what was under way.
 
+mod announce;
 mod clock;
 mod control;
+mod ear;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
 mod icmp;
@@ -21,11 +24,13 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+pub use announce::{Mac, MacError};
 pub use clock::Clock;
 use rustix::event::{EventfdFlags, eventfd};
 pub use target::{Counted, Counters};
 use worker::Worker;
 
+use self::ear::Ear;
 use self::socket::{Socket, Use};
 
 /// Most targets of one prober.
@@ -38,6 +43,9 @@ pub const INTERVAL_MAX: Duration = Duration::from_secs(3600);
 pub const TIMEOUT_MAX: Duration = Duration::from_secs(10);
 /// Most targets that get bursts of probes at a time.
 pub const BURSTING_MAX: usize = 32;
+
+/// Most announcements of a target that are told of a second: they must not crowd out what probes see.
+pub const ANNOUNCEMENTS_MAX: u32 = 16;
 
 /// A kind of probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -87,10 +95,13 @@ pub struct TargetSpec {
     pub timestamp_interval: Option<Duration>,
     /// Whether and how it is asked by NTP.
     pub ntp: Option<NtpSpec>,
+    /// Its hardware address, by which RARP names it. If none is given it is learnt from ARP and neighbour advertisements,
+    /// which anybody in that network can forge.
+    pub mac: Option<Mac>,
 }
 
 impl TargetSpec {
-    /// An echo twice, and a timestamp once a second (with IPv4); no NTP.
+    /// An echo twice, and a timestamp once a second (with IPv4); no NTP, and no hardware address.
     #[must_use]
     pub fn new(name: impl Into<String>, address: IpAddr) -> Self {
         Self {
@@ -99,6 +110,7 @@ impl TargetSpec {
             interval: Duration::from_millis(500),
             timestamp_interval: address.is_ipv4().then_some(Duration::from_secs(1)),
             ntp: None,
+            mac: None,
         }
     }
 }
@@ -125,6 +137,8 @@ pub struct ProberSpec {
     pub stall: Duration,
     /// What a burst is.
     pub burst: BurstSpec,
+    /// Interface on which it listens for announcements of targets. Default none.
+    pub interface: Option<String>,
 }
 
 impl ProberSpec {
@@ -140,6 +154,7 @@ impl ProberSpec {
                 length: Duration::from_secs(10),
                 budget: Duration::from_secs(300),
             },
+            interface: None,
         }
     }
 
@@ -169,7 +184,14 @@ impl ProberSpec {
         if let Some(target) = self.targets.iter().find(|target| is_group(target.address)) {
             return Err(ProbeError::Address(target.address));
         }
-        Ok(())
+        let macs = self.targets.iter().filter_map(|target| target.mac);
+        if let Some(mac) = macs.into_iter().find(|mac| !mac.is_own()) {
+            return Err(ProbeError::Mac(mac));
+        }
+        match &self.interface {
+            Some(name) if !ear::is_interface(name) => Err(ProbeError::InterfaceName(name.clone())),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -204,6 +226,9 @@ pub enum Reading {
         /// Milliseconds.
         ms: f64,
     },
+    /// It has announced itself on the network: RARP, gratuitous ARP or an unsolicited neighbour advertisement. At most
+    /// [`ANNOUNCEMENTS_MAX`] are told of a second.
+    Announced,
 }
 
 /// Something that happened with probes, worth a line to people.
@@ -230,7 +255,7 @@ pub enum Event {
     Seen {
         /// Number of the target in the specification.
         target: usize,
-        /// When the probe was sent, in microseconds of [`Prober::clock`].
+        /// When the probe was sent, or the announcement came, in microseconds of [`Prober::clock`].
         sent_us: u64,
         /// What was seen.
         reading: Reading,
@@ -242,6 +267,13 @@ pub enum Event {
         /// ... until then is not to be believed.
         until_us: u64,
     },
+    /// Announcements are not heard any more; it goes on trying.
+    Deaf {
+        /// Why.
+        why: String,
+    },
+    /// Announcements are heard again.
+    Hears,
     /// Something happened with a target's probes.
     News {
         /// Number of the target.
@@ -260,6 +292,24 @@ pub enum ProbeError {
     /// An address of many or of none.
     #[error("{0} is no address of one machine")]
     Address(IpAddr),
+    /// A hardware address of many or of none.
+    #[error("{0} is no hardware address of one machine")]
+    Mac(Mac),
+    /// What no interface is called.
+    #[error("{0:?} is no name of an interface")]
+    InterfaceName(String),
+    /// An interface that can't be listened on.
+    #[error("announcements can't be heard on interface {name}")]
+    Interface {
+        /// Its name.
+        name: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// One without hardware addresses, such as `lo`.
+    #[error("interface {0} is no Ethernet: nobody announces anything on it")]
+    NotEthernet(String),
     /// An interval out of bounds.
     #[error("an interval of {0:?} is not between {INTERVAL_MIN:?} and {INTERVAL_MAX:?}")]
     Interval(Duration),
@@ -309,6 +359,11 @@ impl ProbeError {
         move |source| Self::Socket { of, family, source }
     }
 
+    fn interface(name: &str) -> impl FnOnce(io::Error) -> Self {
+        let name = name.to_owned();
+        move |source| Self::Interface { name, source }
+    }
+
     /// Whether a right is missing that others have.
     #[must_use]
     pub fn is_right(&self) -> bool {
@@ -337,7 +392,8 @@ impl Prober {
     /// wait.
     ///
     /// # Errors
-    /// If the specification breaks a bound, or echoes can't be sent. What else can't be is in [`Self::without`].
+    /// If the specification breaks a bound, echoes can't be sent, or there is no such interface. What else can't be is in
+    /// [`Self::without`].
     pub fn start(
         spec: ProberSpec,
         tell: impl FnMut(Event) + Send + 'static,
@@ -366,12 +422,21 @@ impl Prober {
                 }
             }
         }
+        let has_v6 = spec.targets.iter().any(|target| target.address.is_ipv6());
+        let mut ear = None;
+        if let Some(interface) = &spec.interface {
+            match Ear::open(interface, has_v6) {
+                Ok(open) => ear = Some(open),
+                Err(error) if error.is_right() => without.push(error),
+                Err(error) => return Err(error),
+            }
+        }
         let clock = Clock::start();
         let counters: Arc<[Counters]> = spec.targets.iter().map(|_| Counters::default()).collect();
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let wake = Arc::new(wake.map_err(|errno| ProbeError::Thread(errno.into()))?);
         let (commands, orders) = mpsc::channel();
-        let mut worker = Worker::new(spec, sockets, clock, Arc::clone(&counters), tell);
+        let mut worker = Worker::new(spec, (sockets, ear), clock, Arc::clone(&counters), tell);
         let woken = Arc::clone(&wake);
         let thread = std::thread::Builder::new()
             .name("probes".to_owned())

@@ -44,9 +44,9 @@ pub(crate) struct Incoming<'a> {
 
 /// Where answers are read to.
 pub(crate) struct Buffers {
-    message: [u8; ANSWER_BYTES_MAX],
-    name: [u8; NAME_BYTES],
-    control: [u8; CONTROL_BYTES],
+    pub(super) message: [u8; ANSWER_BYTES_MAX],
+    pub(super) name: [u8; NAME_BYTES],
+    pub(super) control: [u8; CONTROL_BYTES],
 }
 
 impl Buffers {

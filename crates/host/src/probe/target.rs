@@ -26,6 +26,7 @@ pub struct Counters {
     refused: AtomicU64,
     not_sent: AtomicU64,
     dropped: AtomicU64,
+    announced: AtomicU64,
     bytes: AtomicU64,
 }
 
@@ -44,6 +45,8 @@ pub struct Counted {
     pub not_sent: u64,
     /// Questions of which nothing is told, because the prober itself was late.
     pub dropped: u64,
+    /// Announcements, also those of which nothing is told.
+    pub announced: u64,
     /// Bytes of questions and answers, with the headers of IP.
     pub bytes: u64,
 }
@@ -75,6 +78,10 @@ impl Counters {
         add(&self.dropped, 1);
     }
 
+    pub(crate) fn announced(&self) {
+        add(&self.announced, 1);
+    }
+
     pub(crate) fn counted(&self) -> Counted {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let three = |counters: &[AtomicU64; 3]| [0, 1, 2].map(|at: usize| load(&counters[at]));
@@ -85,6 +92,7 @@ impl Counters {
             refused: load(&self.refused),
             not_sent: load(&self.not_sent),
             dropped: load(&self.dropped),
+            announced: load(&self.announced),
             bytes: load(&self.bytes),
         }
     }

@@ -8,17 +8,25 @@ use std::sync::{Arc, mpsc};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::announce::{Heard, Mac};
 use super::clock::Clock;
+use super::ear::{Ear, Noise};
 use super::icmp::{self, Answer, QUESTION_BYTES_MAX, Question};
 use super::ntp::{NtpError, PACKET_BYTES, Packet, Timestamp};
 use super::socket::{Buffers, Incoming, Socket, Use};
 use super::target::{Counters, Timetable, us};
-use super::{BURSTING_MAX, Command, Event, Kind, News, ProberSpec, Reading};
+use super::{ANNOUNCEMENTS_MAX, BURSTING_MAX, Command, Event, Kind, News, ProberSpec, Reading};
 
 /// Most questions under way; more are not asked.
 const PENDING_MAX: usize = 1 << 16;
 /// Answers that are read before something is sent again.
 const AT_ONCE_MAX: usize = 4096;
+/// Messages that are listened to before something is sent again.
+const HEARD_MAX: usize = 512;
+/// What was heard so long ago, by the kernel's clock, was not: somebody has set the time of day.
+const HEARD_AGO_US: u64 = 10_000_000;
+/// Hardware addresses that are remembered of a target.
+const MACS_MAX: usize = 4;
 /// If sending takes longer, it is not known when the question was sent.
 const SENDING_US_MAX: u64 = 1_000;
 /// The thread looks around at least that often.
@@ -43,11 +51,43 @@ struct State {
     id: u16,
     sequence: u16,
     told: Vec<News>,
+    /// Hardware addresses that it has; the latest last.
+    macs: Vec<Mac>,
+    is_pinned: bool,
+    /// The second of its latest announcement, and how many were told of that second.
+    announced: (u64, u32),
+}
+
+impl State {
+    /// Whether it is whom a message is about. Who has its address has its hardware address too, unless that is given.
+    fn is_meant(&mut self, heard: Heard) -> bool {
+        let has_address = heard.address == Some(self.address);
+        if has_address && !self.is_pinned && !self.macs.contains(&heard.mac) {
+            if self.macs.len() == MACS_MAX {
+                self.macs.remove(0);
+            }
+            self.macs.push(heard.mac);
+        }
+        has_address || self.macs.contains(&heard.mac)
+    }
+
+    /// Whether an announcement is told, and not one too many of its second.
+    fn may_tell(&mut self, at_us: u64) -> bool {
+        let second = at_us / 1_000_000;
+        if self.announced.0 != second {
+            self.announced = (second, 0);
+        }
+        self.announced.1 += 1;
+        self.announced.1 <= ANNOUNCEMENTS_MAX
+    }
 }
 
 pub(super) struct Worker<F> {
     spec: ProberSpec,
     sockets: Vec<Socket>,
+    ear: Option<Ear>,
+    /// If it became deaf: when it is tried next whether it hears again.
+    deaf_until_us: Option<u64>,
     clock: Clock,
     counters: Arc<[Counters]>,
     tell: F,
@@ -70,7 +110,7 @@ fn random() -> u64 {
 impl<F: FnMut(Event)> Worker<F> {
     pub(super) fn new(
         spec: ProberSpec,
-        sockets: Vec<Socket>,
+        (sockets, ear): (Vec<Socket>, Option<Ear>),
         clock: Clock,
         counters: Arc<[Counters]>,
         tell: F,
@@ -101,11 +141,16 @@ impl<F: FnMut(Event)> Worker<F> {
                 id: random() as u16,
                 sequence: 0,
                 told: Vec::new(),
+                macs: target.mac.into_iter().collect(),
+                is_pinned: target.mac.is_some(),
+                announced: (0, 0),
             });
         }
         Self {
             spec,
             sockets,
+            ear,
+            deaf_until_us: None,
             clock,
             counters,
             tell,
@@ -133,6 +178,7 @@ impl<F: FnMut(Event)> Worker<F> {
                 }
             }
             self.receive(&mut buffers);
+            self.listen(&mut buffers);
             // Whoever is told may have kept us.
             self.notice_stall(self.next_us());
             self.expire();
@@ -154,6 +200,8 @@ impl<F: FnMut(Event)> Worker<F> {
             .iter()
             .map(|socket| PollFd::from_borrowed_fd(socket.fd(), PollFlags::IN))
             .collect();
+        let ears = self.ear.iter().flat_map(Ear::fds);
+        polled.extend(ears.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         polled.push(PollFd::from_borrowed_fd(wake.as_fd(), PollFlags::IN));
         let left = Timespec {
             tv_sec: (left_us / 1_000_000).cast_signed(),
@@ -352,6 +400,52 @@ impl<F: FnMut(Event)> Worker<F> {
         }
     }
 
+    /// Takes what was announced. An interface that was taken away may come back under its name.
+    fn listen(&mut self, buffers: &mut Buffers) {
+        let now_us = self.clock.now_us();
+        if self
+            .deaf_until_us
+            .is_some_and(|again_us| again_us <= now_us)
+        {
+            self.deaf_until_us = Some(now_us + TICK_US);
+            let has_v6 = self.spec.targets.iter().any(|of| of.address.is_ipv6());
+            let interface = self.spec.interface.as_deref().unwrap_or_default();
+            if let Ok(ear) = Ear::open(interface, has_v6) {
+                (self.ear, self.deaf_until_us) = (Some(ear), None);
+                (self.tell)(Event::Hears);
+            }
+        }
+        let mut most = HEARD_MAX;
+        while let Some(ear) = &self.ear {
+            match ear.next(buffers, &mut most) {
+                Ok(Some(noise)) => self.hear(&noise),
+                Ok(None) => return,
+                Err(error) => {
+                    (self.ear, self.deaf_until_us) = (None, Some(now_us + TICK_US));
+                    let why = error.to_string();
+                    (self.tell)(Event::Deaf { why });
+                }
+            }
+        }
+    }
+
+    fn hear(&mut self, noise: &Noise) {
+        let since_us = self.clock.now_us().saturating_sub(HEARD_AGO_US);
+        let by_kernel = noise.received_us;
+        let at_us = by_kernel.and_then(|of_day_us| self.clock.at(of_day_us, since_us));
+        let at_us = at_us.unwrap_or_else(|| self.clock.now_us());
+        for target in 0..self.states.len() {
+            let state = &mut self.states[target];
+            if !state.is_meant(noise.heard) || !noise.heard.is_announcement {
+                continue;
+            }
+            self.counters[target].announced();
+            if state.may_tell(at_us) {
+                self.seen(target, at_us, Reading::Announced);
+            }
+        }
+    }
+
     fn take(&mut self, incoming: &Incoming<'_>, of: Use, is_v6: bool, is_raw: bool) {
         let message = incoming.message;
         if of == Use::Ntp {
@@ -546,4 +640,67 @@ fn on_the_wire(bytes: usize, kind: Kind, is_v6: bool) -> usize {
     let udp = if kind == Kind::Ntp { 8 } else { 0 };
     debug_assert!(kind != Kind::Ntp || bytes >= PACKET_BYTES);
     bytes + ip + udp
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::probe::TargetSpec;
+
+    fn state(mac: Option<Mac>) -> State {
+        let mut spec = TargetSpec::new("t", [10, 0, 0, 7].into());
+        spec.mac = mac;
+        let burst = ProberSpec::new(Vec::new()).burst;
+        State {
+            address: spec.address,
+            port: 0,
+            table: Timetable::new(&spec, burst, [true; 3], 0),
+            id: 0,
+            sequence: 0,
+            told: Vec::new(),
+            macs: mac.into_iter().collect(),
+            is_pinned: mac.is_some(),
+            announced: (0, 0),
+        }
+    }
+
+    fn heard(mac: u8, address: Option<[u8; 4]>) -> Heard {
+        Heard {
+            mac: Mac([2, 0, 0, 0, 0, mac]),
+            address: address.map(IpAddr::from),
+            is_announcement: true,
+        }
+    }
+
+    #[test]
+    fn a_hardware_address_is_learnt_from_whoever_has_the_address_and_few_are_remembered() {
+        let mut state = state(None);
+        assert!(!state.is_meant(heard(1, None)));
+        assert!(!state.is_meant(heard(1, Some([10, 0, 0, 8]))));
+        assert!(state.is_meant(heard(1, Some([10, 0, 0, 7]))));
+        assert!(state.is_meant(heard(1, None)));
+        for mac in 2..40 {
+            assert!(state.is_meant(heard(mac, Some([10, 0, 0, 7]))));
+        }
+        assert_eq!(state.macs.len(), MACS_MAX);
+        assert!(state.is_meant(heard(39, None)) && !state.is_meant(heard(1, None)));
+    }
+
+    #[test]
+    fn a_hardware_address_that_is_given_is_not_replaced_by_who_claims_the_address() {
+        let mut state = state(Some(Mac([2, 0, 0, 0, 0, 9])));
+        assert!(state.is_meant(heard(9, None)));
+        for forged in 10..30 {
+            state.is_meant(heard(forged, Some([10, 0, 0, 7])));
+        }
+        assert!(state.is_meant(heard(9, None)) && !state.is_meant(heard(10, None)));
+    }
+
+    #[test]
+    fn a_flood_of_announcements_is_not_told_in_full() {
+        let mut state = state(None);
+        let told = (0..1000).filter(|_| state.may_tell(5_000_000)).count();
+        assert_eq!(told, ANNOUNCEMENTS_MAX as usize);
+        assert!(state.may_tell(6_000_000));
+    }
 }

@@ -53,6 +53,59 @@ pub(crate) fn set_number(
     set_option(socket, level, name, &value.to_ne_bytes())
 }
 
+/// An instruction of a filter for packets (see the kernel's documentation of BPF): code, jumps if true and if false, value.
+pub(crate) type Instruction = (u16, u8, u8, u32);
+
+/// Lets the kernel drop what a filter does not let through.
+pub(crate) fn attach_filter(socket: BorrowedFd<'_>, program: &[Instruction]) -> io::Result<()> {
+    let mut program: Vec<libc::sock_filter> = program
+        .iter()
+        .map(|&(code, jt, jf, k)| libc::sock_filter { code, jt, jf, k })
+        .collect();
+    let filter = libc::sock_fprog {
+        len: u16::try_from(program.len()).map_err(io::Error::other)?,
+        filter: program.as_mut_ptr(),
+    };
+    // SAFETY: the kernel reads `filter` and the `len` instructions that it points to, which both live until this returns,
+    // verifies them, and keeps a copy.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const filter).cast(),
+            size_of::<libc::sock_fprog>() as libc::socklen_t,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Binds a socket of packet(7) to an interface and a protocol of Ethernet; the type of the interface (`ARPHRD_*`).
+pub(crate) fn bind_link(socket: BorrowedFd<'_>, interface: u32, protocol: u16) -> io::Result<u16> {
+    // SAFETY: it is a struct of numbers, for which zeroes are values.
+    let mut link: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    link.sll_family = libc::AF_PACKET as u16;
+    link.sll_protocol = protocol.to_be();
+    link.sll_ifindex = i32::try_from(interface).map_err(io::Error::other)?;
+    let mut length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+    // SAFETY: the kernel reads `length` bytes of `link`, which is that long, and keeps nothing of it.
+    let result = unsafe { libc::bind(socket.as_raw_fd(), (&raw const link).cast(), length) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel writes at most `length` bytes to `link`, which is that long, and how many they were to `length`.
+    // Both are ours alone, and any bytes are values of both.
+    let result =
+        unsafe { libc::getsockname(socket.as_raw_fd(), (&raw mut link).cast(), &raw mut length) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(link.sll_hatype)
+}
+
 /// Takes the next message without waiting; nothing if there is none.
 pub(crate) fn receive(
     socket: BorrowedFd<'_>,
@@ -72,7 +125,8 @@ pub(crate) fn receive(
     header.msg_iovlen = 1;
     header.msg_control = control.as_mut_ptr().cast();
     header.msg_controllen = control.len() as _;
-    let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+    // No file can come with what these sockets get, and those of packet(7) refuse MSG_CMSG_CLOEXEC.
+    let flags = libc::MSG_DONTWAIT;
     // SAFETY: every pointer in `header` is to a buffer of the length beside it, borrowed for us alone until this returns.
     // The kernel copies bytes to them, so their alignment does not matter.
     let result = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, flags) };

@@ -174,6 +174,29 @@ impl Ledger {
         Ok(())
     }
 
+    /// Adds the record of something that goes on, or moves the end of its window to a later time: nobody knows beforehand
+    /// how long a migration takes. Nothing else of a record can change, nor can an end become an earlier one.
+    ///
+    /// # Errors
+    /// As [`Self::add`], and if the record names another VM or other hosts than before; then nothing has changed.
+    pub fn follow(&mut self, record: Record) -> Result<(), RecordError> {
+        let Some(entry) = self.entries.get_mut(&record.id) else {
+            return self.add(record);
+        };
+        let own = &mut entry.record;
+        let is_same = (&own.vm, &own.source, &own.destination)
+            == (&record.vm, &record.source, &record.destination);
+        if !is_same {
+            return Err(RecordError::Replayed(record.id));
+        }
+        let length_s = record.to_s - own.from_s;
+        if length_s.is_nan() || length_s > WINDOW_S_MAX {
+            return Err(RecordError::Window(record.id));
+        }
+        own.to_s = own.to_s.max(record.to_s);
+        Ok(())
+    }
+
     /// Says whether a finding is explained. One migration uses a record up: what moves the VM again is not explained
     /// by it.
     pub fn judge(&mut self, finding: Finding) -> Joined {
@@ -419,6 +442,38 @@ mod tests {
             ledger.add(record()),
             Err(RecordError::Expired("m1".to_owned()))
         );
+    }
+
+    #[test]
+    fn the_window_of_what_goes_on_grows_within_its_bound_and_nothing_else_of_it_changes() {
+        let mut ledger = Ledger::new();
+        let until = |to_s: f64| Record { to_s, ..record() };
+        ledger.follow(until(1010.0)).unwrap();
+        assert!(
+            ledger
+                .judge(finding(1005.0, 1050.0, &[]))
+                .verdict
+                .is_unexplained()
+        );
+        ledger.follow(until(1060.0)).unwrap();
+        ledger.follow(until(1020.0)).unwrap();
+        assert!(
+            !ledger
+                .judge(finding(1005.0, 1050.0, &[]))
+                .verdict
+                .is_unexplained()
+        );
+        for to_s in [f64::NAN, f64::INFINITY, 1001.0 + WINDOW_S_MAX] {
+            let error = ledger.follow(until(to_s)).unwrap_err();
+            assert_eq!(error, RecordError::Window("m1".to_owned()));
+        }
+        let mut other = until(1070.0);
+        other.destination = "thief".to_owned();
+        assert_eq!(
+            ledger.follow(other),
+            Err(RecordError::Replayed("m1".to_owned()))
+        );
+        assert_eq!(ledger.finish(|_| true).len(), 0, "it was confirmed");
     }
 
     #[test]

@@ -8,10 +8,12 @@ use anyhow::{Result, bail};
 use crate::{programs, run};
 
 /// A file that shows that a package is there, and the package.
-const NEEDED: [(&str, &str); 13] = [
+const NEEDED: [(&str, &str); 14] = [
     ("/usr/bin/cc", "build-essential"),
     // What the agent and the command line are linked with; the library loads what talks to the TPM.
     ("/usr/include/tss2/tss2_esys.h", "libtss2-dev"),
+    // The watch page is tested in it.
+    ("/usr/bin/chromium", "chromium"),
     ("/usr/bin/pkg-config", "pkg-config"),
     ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
     ("/usr/sbin/ip", "iproute2"),

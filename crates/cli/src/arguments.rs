@@ -288,6 +288,39 @@ pub(crate) enum ConfigCommand {
 pub(crate) enum WatchCommand {
     /// Say what the detector makes of recorded observations
     Replay(ReplayArgs),
+    /// Watch targets, and say what is found as it is found
+    Run(RunArgs),
+    /// Write what probes see to a file that can be replayed
+    Record(RecordArgs),
+}
+
+#[derive(Args)]
+#[cfg_attr(
+    not(feature = "watch-probes"),
+    expect(dead_code, reason = "without probes it is only refused")
+)]
+pub(crate) struct RunArgs {
+    /// Targets, and where the page is served (TOML)
+    pub(crate) config: PathBuf,
+    /// Draw on the terminal instead of printing lines
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) tui: bool,
+}
+
+#[derive(Args)]
+#[cfg_attr(
+    not(feature = "watch-probes"),
+    expect(dead_code, reason = "without probes it is only refused")
+)]
+pub(crate) struct RecordArgs {
+    /// Targets (TOML), as for `watch run`
+    pub(crate) config: PathBuf,
+    /// File to make (CSV), as `watch replay` reads it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+    /// How long [default: until it is interrupted]
+    #[arg(long = "for", value_name = "DURATION")]
+    pub(crate) duration: Option<HumanDuration>,
 }
 
 #[derive(Args)]

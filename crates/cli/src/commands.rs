@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::arguments::{
     CaCommand, Cli, Command, ConfigCommand, DecisionCommand, Issue, Migrate, MigrationCommand,
-    VmCommand, WatchCommand,
+    VmCommand,
 };
 use crate::client::Client;
 use crate::failure::Failure;
@@ -54,7 +54,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         }
         Command::Advertisement(command) => advertisement::run(&client, &command, json).await,
         Command::Attest(command) => attest::run(&command, json),
-        Command::Watch(WatchCommand::Replay(arguments)) => watch::replay(&arguments, json),
+        Command::Watch(command) => watch::run(&command, json).await,
         Command::Completions { shell } => {
             let mut command = <Cli as clap::CommandFactory>::command();
             let mut script = Vec::new();

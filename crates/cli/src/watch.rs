@@ -1,4 +1,23 @@
-//! `palanquin watch`: the detector, on recorded observations.
+//! `palanquin watch`: the detector, on recorded observations and on what probes see now.
+
+#[cfg(feature = "watch-probes")]
+mod board;
+#[cfg(feature = "watch-probes")]
+mod config;
+#[cfg(feature = "watch-probes")]
+mod live;
+#[cfg(feature = "watch-probes")]
+mod metrics;
+#[cfg(feature = "watch-probes")]
+mod ordered;
+#[cfg(feature = "watch-probes")]
+mod page;
+#[cfg(feature = "watch-probes")]
+mod probing;
+#[cfg(feature = "watch-probes")]
+mod record;
+#[cfg(feature = "watch-probes")]
+mod screen;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -13,7 +32,7 @@ use palanquin_watch::{
 };
 use serde::Serialize;
 
-use crate::arguments::ReplayArgs;
+use crate::arguments::{ReplayArgs, WatchCommand};
 use crate::commands::show;
 use crate::failure::Failure;
 use crate::files::read_text;
@@ -72,7 +91,22 @@ struct Provenance {
 }
 
 /// Does what was typed.
-pub(crate) fn replay(arguments: &ReplayArgs, json: bool) -> Result<(), Failure> {
+pub(crate) async fn run(command: &WatchCommand, json: bool) -> Result<(), Failure> {
+    match command {
+        WatchCommand::Replay(arguments) => replay(arguments, json),
+        #[cfg(feature = "watch-probes")]
+        WatchCommand::Record(arguments) => record::record(arguments, json).await,
+        #[cfg(feature = "watch-probes")]
+        WatchCommand::Run(arguments) => live::run(arguments, json).await,
+        #[cfg(not(feature = "watch-probes"))]
+        WatchCommand::Record(_) | WatchCommand::Run(_) => {
+            let failure = Failure::usage("this program was built without probes");
+            Err(failure.hint("build it with the feature `watch-probes`"))
+        }
+    }
+}
+
+fn replay(arguments: &ReplayArgs, json: bool) -> Result<(), Failure> {
     let mut ledger = Ledger::new();
     if let Some(file) = &arguments.records {
         add_records(&mut ledger, file)?;
@@ -256,34 +290,38 @@ fn summary(name: &str, is_host: bool, findings: &[Joined]) -> Summary {
     }
 }
 
+/// A finding in a line, without its target and time.
+fn finding_text(joined: &Joined) -> String {
+    let finding = &joined.finding;
+    let verdict = match &joined.verdict {
+        Verdict::Authorised { record } => format!(", ordered by {}", line(record)),
+        Verdict::Elsewhere { record, hosts } => format!(
+            ", not as {} orders: {} is disturbed",
+            line(record),
+            line(&hosts.join(", "))
+        ),
+        Verdict::NoMigration => String::new(),
+        Verdict::Unknown => ", nobody ordered it".to_owned(),
+    };
+    format!(
+        "{}: {}, likelihood {:.3}{}{verdict}",
+        word(&finding.level),
+        finding.class.name(),
+        finding.likelihood,
+        if finding.ended_s.is_some() {
+            ", over"
+        } else {
+            ""
+        },
+    )
+}
+
 fn text(report: &Report) -> String {
     let mut text = String::new();
     for joined in &report.findings {
         let finding = &joined.finding;
-        let verdict = match &joined.verdict {
-            Verdict::Authorised { record } => format!(", ordered by {}", line(record)),
-            Verdict::Elsewhere { record, hosts } => format!(
-                ", not as {} orders: {} is disturbed",
-                line(record),
-                line(&hosts.join(", "))
-            ),
-            Verdict::NoMigration => String::new(),
-            Verdict::Unknown => ", nobody ordered it".to_owned(),
-        };
-        let _ = writeln!(
-            text,
-            "{:.0} s  {}  {}: {}, likelihood {:.3}{}{verdict}",
-            finding.time_s,
-            line(&finding.target),
-            word(&finding.level),
-            finding.class.name(),
-            finding.likelihood,
-            if finding.ended_s.is_some() {
-                ", over"
-            } else {
-                ""
-            },
-        );
+        let (time_s, target) = (finding.time_s, line(&finding.target));
+        let _ = writeln!(text, "{time_s:.0} s  {target}  {}", finding_text(joined));
         for evidence in &finding.evidence {
             if evidence.log_likelihood_ratio.abs() >= 0.1 {
                 let _ = writeln!(

@@ -8,6 +8,10 @@ mod attest;
 mod certificates;
 mod migrate;
 mod migration;
+#[cfg(feature = "watch-probes")]
+mod page;
+#[cfg(feature = "watch-probes")]
+mod probes;
 mod trust;
 mod vm;
 mod watch;

@@ -243,14 +243,15 @@ fn findings_that_nobody_takes_are_counted() {
 /// A quiet VM of which the probes in these seconds are lost, and that announces itself in others.
 fn watched(lost: &[std::ops::Range<u64>], announced: &[u64]) -> Vec<Finding> {
     let mut watcher = Watcher::new(Calibration::built_in());
-    let target = watcher.add("vm", Role::Vm).unwrap();
+    let target = watcher.add("vm", Role::Vm);
+    let target = target.expect("a good name");
     let mut see = |sent_us, reading| {
-        let observation = Observation {
+        let seen = watcher.observe(Observation {
             sent_us,
             target,
             reading,
-        };
-        watcher.observe(observation).unwrap();
+        });
+        seen.expect("what may be seen");
     };
     for at in 0..1800 {
         let (sent_us, second) = (at * 500_000, at / 2);
@@ -283,7 +284,7 @@ fn what_breaks_again_after_a_while_is_another_episode() {
     assert!(last.onset_s >= 720.0, "{last:?}");
     assert_eq!(last.class, palanquin_watch::Class::Migration, "{last:?}");
     // Silent, and announced when it is over: that is one.
-    let once = watched(&[700..709], &[709, 710]);
+    let once = watched(&[700..702, 702..709], &[709, 710]);
     assert!(once.iter().all(|finding| finding.episode == 1), "{once:?}");
 }
 

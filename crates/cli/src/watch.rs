@@ -127,7 +127,7 @@ fn replay(arguments: &ReplayArgs, json: bool) -> Result<(), Failure> {
             unconfirmed: Vec::new(),
             baseline: arguments.baseline.then(Vec::new),
             calibration: Provenance {
-                traces: "synthetic",
+                traces: "mostly synthetic",
                 quiet_vm_days,
             },
         },
@@ -370,7 +370,7 @@ fn text(report: &Report) -> String {
     }
     let _ = writeln!(
         text,
-        "{} observations. Probabilities are calibrated on synthetic traces, see docs/watch.md.",
+        "{} observations. Probabilities are calibrated mostly on synthetic traces, see docs/watch.md.",
         report.observations
     );
     text

@@ -11,7 +11,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use super::board::{Board, Mood};
 use super::config::Config;
 use super::ordered::{self, Agents, Answer, Records};
-use super::probing::{Detector, TICK, reading, start, words};
+use super::probing::{Detector, TICK, ended_by_itself, reading, start, words};
 use super::{finding_text, page, screen};
 use crate::arguments::RunArgs;
 use crate::failure::Failure;
@@ -105,7 +105,7 @@ pub(crate) async fn run(arguments: &RunArgs, json: bool) -> Result<(), Failure> 
         tokio::select! {
             event = events.recv() => match event {
                 Some(event) => live.take(&event)?,
-                None => break,
+                None => return Err(ended_by_itself()),
             },
             _ = tick.tick() => {
                 live.advance()?;

@@ -32,6 +32,13 @@ pub(super) fn start(config: &Config) -> Result<(Prober, mpsc::Receiver<Event>), 
     Ok((prober, events))
 }
 
+/// The prober ends only when it is told to. A watcher that sees nothing any more must not look as if it had done its work.
+pub(super) fn ended_by_itself() -> Failure {
+    Failure::new(ErrorKind::Internal, "nothing is watched any more")
+        .cause("the thread that probes has ended by itself")
+        .hint("start it again; its last words are above")
+}
+
 fn refused(error: &ProbeError) -> Failure {
     let is_interface = matches!(
         error,

@@ -14,7 +14,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use super::config::Config;
 use super::live::ended;
-use super::probing::{Detector, TICK, reading, start, words};
+use super::probing::{Detector, TICK, ended_by_itself, reading, start, words};
 use crate::arguments::RecordArgs;
 use crate::commands::show;
 use crate::failure::Failure;
@@ -63,6 +63,7 @@ pub(crate) async fn record(arguments: &RecordArgs, json: bool) -> Result<(), Fai
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut ending = std::pin::pin!(ended());
+    let mut is_whole = true;
     loop {
         tokio::select! {
             event = events.recv() => match event {
@@ -84,7 +85,10 @@ pub(crate) async fn record(arguments: &RecordArgs, json: bool) -> Result<(), Fai
                     note(&format!("warning: announcements are not heard any more: {why}"));
                 }
                 Some(Event::Hears) => note("announcements are heard again"),
-                None => break,
+                None => {
+                    is_whole = false;
+                    break;
+                }
             },
             _ = tick.tick() => {
                 detector.advance(&prober);
@@ -114,7 +118,12 @@ pub(crate) async fn record(arguments: &RecordArgs, json: bool) -> Result<(), Fai
         .map_err(io::IntoInnerError::into_error)
         .and_then(|file| file.sync_all())
         .map_err(cannot)?;
-    show(&recorded, text, json)
+    show(&recorded, text, json)?;
+    if is_whole {
+        Ok(())
+    } else {
+        Err(ended_by_itself())
+    }
 }
 
 fn text(recorded: &Recorded) -> String {

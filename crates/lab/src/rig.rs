@@ -259,15 +259,15 @@ impl Rig {
         console.wait_beats(2, SHORT)?;
         // It goes on to beat here, and runs nowhere else. A container may have been made meanwhile for an offer that its
         // source had given up already; it ends without having run.
-        for (index, host) in self.hosts.iter().enumerate() {
-            let runs = host
-                .vm(vm)?
-                .is_some_and(|there| there.state == VmState::Running);
-            if runs != (index == at) {
-                bail!("{vm} does not stay where it was: {}", self.logs());
-            }
-        }
         wait::until_true(&format!("nothing of {vm} is left elsewhere"), SHORT, || {
+            // At each look, and not only at the end.
+            for (index, host) in self.hosts.iter().enumerate() {
+                let there = host.vm(vm)?;
+                let runs = there.is_some_and(|there| there.state == VmState::Running);
+                if runs != (index == at) {
+                    bail!("{vm} does not stay where it was");
+                }
+            }
             self.lives_once(vm, at)
         })
         .with_context(|| self.logs())?;

@@ -9,7 +9,7 @@ use super::ram::{QemuRam, host_address};
 use crate::Error;
 use crate::vm::{GuestRam, PAGE_SIZE};
 
-/// Where firmware copies option ROMs to (PCI Firmware Specification 3.3, section 5.2): guest-physical addresses.
+/// Where the firmware of a PC has option ROMs (`BUILD_ROM_START` to `BUILD_BIOS_ADDR` of SeaBIOS): guest-physical addresses.
 const ROMS: Range<u64> = 0xC_0000..0xF_0000;
 /// An option ROM begins at a multiple of this, and counts its length in units of a quarter of it.
 const ALIGN: usize = 2048;

@@ -13,11 +13,12 @@ use palanquin_lab::host::Host;
 use palanquin_lab::probe::Pings;
 use palanquin_lab::qemu::{Qemu, Qmp};
 use palanquin_lab::rig::Rig;
+use palanquin_lab::transport::{BOOT, Role, downtime, migrate, start};
+use palanquin_lab::usage::{Inhabitants, Watch, wait_quiet};
 use serde_json::json;
 
-use crate::measure::{Inhabitants, Sample, Watch, wait_quiet};
+use crate::measure::Sample;
 use crate::peers::{Case, GUEST};
-use crate::qemu::{BOOT, Role, downtime, migrate, start};
 
 /// Somebody outside pauses the guest, lets the source save, lets the destination load, and resumes the guest: what an
 /// agent has to do at least. This is the floor that the bars mean.

@@ -2,7 +2,6 @@
 #![forbid(unsafe_code)]
 
 mod bars;
-mod certificates;
 mod files;
 mod floor;
 mod measure;
@@ -12,7 +11,6 @@ mod plot;
 mod qemu;
 mod row;
 mod service;
-mod ssh;
 mod strategies;
 mod trust;
 mod workload;

@@ -7,8 +7,9 @@ use palanquin_api::control::{ApiError, MigrationInfo};
 use palanquin_lab::host::{Host, Told};
 use palanquin_lab::probe::Pings;
 use palanquin_lab::rig::Rig;
+use palanquin_lab::usage::{Inhabitants, Watch, sent_bytes, wait_quiet, warm_up};
 
-use crate::measure::{Inhabitants, Sample, Watch, sent_bytes, wait_quiet, warm_up};
+use crate::measure::Sample;
 use crate::peers::{Case, GUEST};
 use crate::workload::VM;
 

@@ -11,15 +11,18 @@ use palanquin_lab::guest::{Console, GuestSpec};
 use palanquin_lab::rig::{Rig, RigSpec};
 use serde::{Deserialize, Serialize};
 
-use crate::files::{self, Contents, FileServer};
+use crate::bars;
+use crate::files::{self, Contents};
 use crate::floor::{self, FLOOR, HANDOVER};
-use crate::measure::{QUIET, Sample, warm_up};
+use crate::measure::Sample;
 use crate::palanquin::{self, HOT_PATHS, PATHS, Tried};
 use crate::qemu::{self, WAYS};
 use crate::row::{self, Row};
 use crate::service::{self, Service};
 use crate::workload::{FILES_MIB, Workload};
-use crate::{bars, certificates};
+use palanquin_lab::file_server::FileServer;
+use palanquin_lab::transport::tls;
+use palanquin_lab::usage::{QUIET, warm_up};
 
 /// Address of the guest.
 pub(crate) const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 1, 10);
@@ -213,7 +216,7 @@ fn measure(
         ..RigSpec::default()
     })?;
     let tls = rig.dir().join("qemu-tls");
-    certificates::make(&tls, rig.hosts[1].spec.address.parse()?)?;
+    tls::make(&tls, rig.hosts[1].spec.address.parse()?)?;
     let server = if workload.has_files() {
         Some(FileServer::start(&rig.client, &archive.path)?)
     } else {

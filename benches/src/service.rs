@@ -13,10 +13,10 @@ use palanquin_lab::rig::{Rig, RigSpec};
 use palanquin_lab::wait;
 use serde::{Deserialize, Serialize};
 
-use crate::measure::{Inhabitants, QUIET, Watch, median, sent_bytes, wait_quiet, warm_up};
 use crate::palanquin;
 use crate::peers::{Case, GUEST, TRIES};
 use crate::workload::{VM, Workload};
+use palanquin_lab::usage::{Inhabitants, QUIET, Watch, median, sent_bytes, wait_quiet, warm_up};
 
 /// How long the client works before the migration begins.
 const BEFORE: Duration = Duration::from_secs(4);

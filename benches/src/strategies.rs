@@ -10,12 +10,13 @@ use palanquin_lab::guest::GuestSpec;
 use palanquin_lab::rig::{Rig, RigSpec};
 use serde::{Deserialize, Serialize};
 
-use crate::measure::{QUIET, Sample, median, warm_up};
+use crate::measure::Sample;
 use crate::palanquin::{self, Path, Tried};
 use crate::peers::{Case, TRIES};
 use crate::plot;
 use crate::row::shown;
 use crate::workload::VM;
+use palanquin_lab::usage::{QUIET, median, warm_up};
 
 /// All strategies.
 pub(crate) const STRATEGIES: [Path; 6] = [

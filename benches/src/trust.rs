@@ -8,8 +8,8 @@ use palanquin_lab::rig::{Rig, RigSpec};
 use palanquin_lab::trust::JudgingRig;
 use uuid::Uuid;
 
-use crate::measure::{median, wait_quiet, warm_up};
 use crate::workload::VM;
+use palanquin_lab::usage::{median, wait_quiet, warm_up};
 
 /// Runs that are not counted: what is measured of a hypervisor's files is remembered from then on.
 const WARM_UPS: u32 = 1;

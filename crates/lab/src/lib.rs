@@ -7,6 +7,7 @@
 
 pub mod control;
 pub mod fail_point;
+pub mod file_server;
 pub mod guest;
 pub mod host;
 pub mod matrix;
@@ -19,6 +20,8 @@ pub mod process;
 pub mod qemu;
 pub mod rig;
 pub mod tpm;
+pub mod transport;
 pub mod trust;
+pub mod usage;
 pub mod wait;
 pub mod witness;

@@ -14,13 +14,13 @@ use rcgen::{
 /// # Errors
 ///
 /// If a file cannot be written.
-pub(crate) fn make(dir: &Path, server: std::net::IpAddr) -> Result<()> {
+pub fn make(dir: &Path, server: std::net::IpAddr) -> Result<()> {
     fs::create_dir_all(dir)?;
     let ca_key = KeyPair::generate()?;
     let mut ca = CertificateParams::default();
     ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     ca.distinguished_name
-        .push(DnType::CommonName, "bench authority");
+        .push(DnType::CommonName, "lab authority");
     fs::write(dir.join("ca-cert.pem"), ca.self_signed(&ca_key)?.pem())?;
     let issuer = Issuer::new(ca, ca_key);
     let roles = [

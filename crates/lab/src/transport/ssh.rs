@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use crate::host::Host;
+use crate::process::{self, Kept};
+use crate::wait;
 use anyhow::{Context, Result, bail};
-use palanquin_lab::host::Host;
-use palanquin_lab::process::{self, Kept};
-use palanquin_lab::wait;
 
 /// A server starts and a client connects within this time, also on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -19,7 +19,7 @@ const PORT: &str = "2222";
 
 /// A server at the destination and a client at the source; both are killed when it is dropped.
 #[derive(Debug)]
-pub(crate) struct Tunnel {
+pub struct Tunnel {
     /// Socket at the source's end.
     near: PathBuf,
     _client: Kept,
@@ -29,7 +29,11 @@ pub(crate) struct Tunnel {
 impl Tunnel {
     /// Forwards a new socket at the source to the socket `far` of the destination. Keys, configuration and sockets lie
     /// in `dir`; nothing of the system's own ssh is used.
-    pub(crate) fn open(source: &Host, destination: &Host, far: &Path, dir: &Path) -> Result<Self> {
+    ///
+    /// # Errors
+    ///
+    /// If openssh-server is not installed, or one of both does not start.
+    pub fn open(source: &Host, destination: &Host, far: &Path, dir: &Path) -> Result<Self> {
         if !Path::new(SERVER).exists() {
             bail!("no {SERVER}: install openssh-server");
         }
@@ -40,7 +44,7 @@ impl Tunnel {
             let path = dir.join(key);
             if !path.exists() {
                 let path = path.display().to_string();
-                let words = ["-q", "-t", "ed25519", "-N", "", "-C", "bench", "-f", &path];
+                let words = ["-q", "-t", "ed25519", "-N", "", "-C", "lab", "-f", &path];
                 process::run("ssh-keygen", &words)?;
             }
         }
@@ -65,7 +69,7 @@ impl Tunnel {
     }
 
     /// Socket at the source's end.
-    pub(crate) fn near(&self) -> &Path {
+    pub fn near(&self) -> &Path {
         &self.near
     }
 }

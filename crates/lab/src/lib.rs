@@ -18,6 +18,7 @@ pub mod paths;
 pub mod probe;
 pub mod process;
 pub mod qemu;
+pub mod results;
 pub mod rig;
 pub mod tpm;
 pub mod transport;

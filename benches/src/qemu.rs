@@ -72,8 +72,8 @@ pub(crate) fn measure(rig: &Rig, case: &Case, way: Way, tls: &Path) -> Result<Sa
     let (mut from, mut to) = (outgoing.qmp()?, incoming.qmp()?);
     configure(&mut from, way.transport, way.channels)?;
     configure(&mut to, way.transport, way.channels)?;
-    let (listen, connect, _tunnel) = endpoints(way.transport, source, destination)?;
-    to.execute("migrate-incoming", &json!({"uri": listen}))?;
+    let ends = endpoints(way.transport, source, destination)?;
+    to.execute("migrate-incoming", &json!({"uri": ends.listen}))?;
     let pings = Pings::start(&rig.client, GUEST)?;
     wait_quiet(rig)?;
     warm_up(case.memory_mib())?;
@@ -81,7 +81,7 @@ pub(crate) fn measure(rig: &Rig, case: &Case, way: Way, tls: &Path) -> Result<Sa
     let agents = rig.hosts.iter().filter_map(Host::agent_pid).collect();
     let watch = Watch::start(Inhabitants::of(rig, agents)?)?;
     let sent = sent_bytes(source)?;
-    let end = migrate(&mut from, &connect, case.deadline)?;
+    let end = migrate(&mut from, &ends.connect, case.deadline)?;
     let watched = watch.finish();
     let bytes_on_wire = sent_bytes(source)? - sent;
     // QEMU's word is not enough: the guest itself must go on.

@@ -30,6 +30,8 @@ pub struct GuestSpec {
     pub network: Option<(String, String)>,
     /// URL of a tar archive that the guest unpacks into its RAM disk before its workload starts; needs a network.
     pub files: Option<String>,
+    /// Path in the guest of a text file that its workload opens.
+    pub open: Option<String>,
 }
 
 impl GuestSpec {
@@ -45,6 +47,7 @@ impl GuestSpec {
             canary: String::new(),
             network: None,
             files: None,
+            open: None,
         }
     }
 
@@ -83,6 +86,9 @@ impl GuestSpec {
         }
         if let Some(url) = &self.files {
             line += &format!(" palanquin.files={url}");
+        }
+        if let Some(path) = &self.open {
+            line += &format!(" palanquin.open={path}");
         }
         line
     }

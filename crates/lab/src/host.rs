@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use crate::control;
 use crate::guest::{Console, GuestSpec};
-use crate::network::Namespace;
+use crate::network::{self, Namespace};
 use crate::paths;
 use crate::process::{self, Kept};
 use crate::wait;
@@ -444,6 +444,17 @@ impl Host {
         console.wait_for("palanquin-workload ready", Duration::from_secs(120))?;
         console.wait_beats(1, SHORT)?;
         Ok(console)
+    }
+
+    /// MTU of its uplink, in bytes.
+    ///
+    /// # Errors
+    ///
+    /// If it has none.
+    pub fn mtu(&self) -> Result<u32> {
+        let uplink = network::link(&self.namespace, "eth0")?;
+        let mtu = uplink["mtu"].as_u64().context("eth0 has no MTU")?;
+        Ok(mtu.try_into()?)
     }
 
     /// QEMU processes of this host, whoever started them.

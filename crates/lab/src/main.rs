@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod demo;
+mod experiment;
 
 use std::process::ExitCode;
 
@@ -21,6 +22,8 @@ struct Arguments {
 enum Task {
     /// Move a running Linux guest to another host and back while an observer records the wire
     Demo(demo::Options),
+    /// Open a letter in a guest, move it there and back over every transport, and look for the letter on the wire
+    Experiment(experiment::Options),
     /// Remove what killed runs left behind
     CleanRig,
 }
@@ -38,11 +41,18 @@ fn main() -> ExitCode {
     }
 }
 
+/// How this run is repeated.
+fn command() -> String {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    format!("cargo xtask lab {}", words.join(" "))
+}
+
 fn run(task: Task) -> Result<()> {
     // What is interrupted still takes down what it built.
     wait::catch_signals()?;
     match task {
         Task::Demo(options) => demo::run(&options),
+        Task::Experiment(options) => experiment::run(&options, &command()),
         Task::CleanRig => {
             let removed = rig::clean()?;
             for name in &removed {

@@ -252,6 +252,29 @@ pub fn equip_host(namespace: &Namespace, address: &str) -> Result<()> {
     Ok(())
 }
 
+/// What `ip` says of a device, its counters included.
+///
+/// # Errors
+///
+/// If there is no such device.
+pub fn link(namespace: &Namespace, device: &str) -> Result<serde_json::Value> {
+    let text = namespace.ip(&["-s", "-j", "link", "show", "dev", device])?;
+    let mut links: serde_json::Value = serde_json::from_str(&text)?;
+    Ok(links[0].take())
+}
+
+/// Sets the MTU of a device, in bytes, and lets it carry each packet by itself, as on a real wire: without this, many
+/// segments of TCP would cross at once as one.
+///
+/// # Errors
+///
+/// If the device cannot have it.
+pub fn set_mtu(namespace: &Namespace, device: &str, mtu: u32) -> Result<()> {
+    let mtu = mtu.to_string();
+    namespace.ip(&["link", "set", device, "mtu", &mtu, "gso_max_segs", "1"])?;
+    Ok(())
+}
+
 /// Limits what a host sends.
 ///
 /// # Errors

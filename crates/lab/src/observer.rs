@@ -41,7 +41,19 @@ impl Recording {
     ///
     /// If tcpdump cannot be started.
     pub fn start(switch: &Switch, dir: &Path) -> Result<Self> {
-        let (capture, log) = (dir.join("wire.pcap"), dir.join("tcpdump.log"));
+        Self::named(switch, dir, "wire")
+    }
+
+    /// As [`Recording::start`], with a name for the file, so that two can be under way.
+    ///
+    /// # Errors
+    ///
+    /// If tcpdump cannot be started.
+    pub fn named(switch: &Switch, dir: &Path, name: &str) -> Result<Self> {
+        let (capture, log) = (
+            dir.join(format!("{name}.pcap")),
+            dir.join(format!("{name}.log")),
+        );
         let mut command = switch.namespace.command("tcpdump");
         // A bridge in promiscuous mode sees what it forwards. 64 MiB of buffer, because a migration comes in bursts.
         command.args([
@@ -91,8 +103,26 @@ impl Capture {
     ///
     /// If it cannot be read.
     pub fn count(&self, sentence: &str) -> Result<u64> {
+        Ok(self.count_plain(sentence)? + self.count_wide(sentence)?)
+    }
+
+    /// How often a sentence is in it as ASCII (or UTF-8).
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read.
+    pub fn count_plain(&self, sentence: &str) -> Result<u64> {
+        count(File::open(&self.path)?, &[sentence.as_bytes()])
+    }
+
+    /// How often a sentence is in it as UTF-16 with the low byte first: its letters separated by zero bytes.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read.
+    pub fn count_wide(&self, sentence: &str) -> Result<u64> {
         let wide: Vec<u8> = sentence.encode_utf16().flat_map(u16::to_le_bytes).collect();
-        count(File::open(&self.path)?, &[sentence.as_bytes(), &wide])
+        count(File::open(&self.path)?, &[&wide])
     }
 }
 

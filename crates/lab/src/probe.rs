@@ -103,10 +103,19 @@ impl Pings {
     ///
     /// If none is answered.
     pub fn start(client: &Namespace, guest: Ipv4Addr) -> Result<Self> {
+        Self::start_each(client, guest, INTERVAL)
+    }
+
+    /// As [`Pings::start`], with another interval.
+    ///
+    /// # Errors
+    ///
+    /// If none is answered.
+    pub fn start_each(client: &Namespace, guest: Ipv4Addr, interval: Duration) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let seen = Arc::clone(&stop);
         let (first, answered) = mpsc::channel();
-        let thread = client.spawn(move || ping(guest, &seen, &first))?;
+        let thread = client.spawn(move || ping(guest, interval, &seen, &first))?;
         let pings = Self {
             stop,
             answered,
@@ -132,7 +141,12 @@ impl Pings {
     }
 }
 
-fn ping(guest: Ipv4Addr, stop: &AtomicBool, first: &mpsc::Sender<()>) -> Result<PingReport> {
+fn ping(
+    guest: Ipv4Addr,
+    interval: Duration,
+    stop: &AtomicBool,
+    first: &mpsc::Sender<()>,
+) -> Result<PingReport> {
     // A namespace lets nobody open such a socket until it is told whose group may.
     fs::write("/proc/sys/net/ipv4/ping_group_range", "0 0")?;
     let socket = net::socket(AddressFamily::INET, SocketType::DGRAM, Some(ipproto::ICMP))?;
@@ -151,7 +165,7 @@ fn ping(guest: Ipv4Addr, stop: &AtomicBool, first: &mpsc::Sender<()>) -> Result<
             sent = sent.wrapping_add(1);
             all += 1;
             // What was missed for want of a CPU is not sent in a burst.
-            next = (next + INTERVAL).max(now);
+            next = (next + interval).max(now);
         }
         let rest = Timespec::try_from(next.saturating_duration_since(now))?;
         match poll(&mut [PollFd::new(&socket, PollFlags::IN)], Some(&rest)) {

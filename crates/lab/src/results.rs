@@ -124,6 +124,9 @@ pub struct Leg {
     pub ascii_found: u64,
     /// How often it is there as UTF-16.
     pub utf16_found: u64,
+    /// How often the sentence is, in either form, in a capture of the isolated segment, where there is one.
+    #[serde(default)]
+    pub segment_found: Option<u64>,
     /// From the request to the answer, in milliseconds.
     pub total_ms: f64,
     /// How long the guest stood still, as those who moved it say, in milliseconds.
@@ -136,7 +139,7 @@ pub struct Leg {
     pub cpu_s: f64,
     /// CPU time over the time it took, in percent of one CPU.
     pub cpu_percent: f64,
-    /// Largest such share within a tenth of a second.
+    /// Largest such share within half a second.
     pub peak_cpu_percent: f64,
     /// Bytes that the source sent.
     pub bytes: u64,

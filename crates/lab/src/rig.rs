@@ -146,6 +146,26 @@ impl Rig {
         Host::new(host, self.dir.0.join(index.to_string()), namespace)
     }
 
+    /// Sets the MTU of the path between hosts and client, in bytes, and lets each packet cross by itself.
+    ///
+    /// # Errors
+    ///
+    /// If a device cannot have it.
+    pub fn set_mtu(&self, mtu: u32) -> Result<()> {
+        let of_hosts = self.hosts.iter().map(|host| {
+            let port = format!("port-{}", host.name());
+            (&host.namespace, port)
+        });
+        for (namespace, port) in of_hosts.chain([(&self.client, "client".to_owned())]) {
+            network::set_mtu(namespace, "eth0", mtu)?;
+            network::set_mtu(&self.switch.namespace, &port, mtu)?;
+        }
+        for host in &self.hosts {
+            network::set_mtu(&host.namespace, "br0", mtu)?;
+        }
+        network::set_mtu(&self.switch.namespace, "br0", mtu)
+    }
+
     /// Directory of the rig.
     pub fn dir(&self) -> &Path {
         &self.dir.0

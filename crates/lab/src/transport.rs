@@ -1,6 +1,8 @@
 //! Other ways to move a guest between two hosts of a rig: QEMU's own migration, in the clear or through what is commonly
 //! put around it. Palanquin is compared with them, and attacks are tried on them.
 
+pub mod ipsec;
+pub mod segment;
 pub mod ssh;
 pub mod tls;
 
@@ -16,8 +18,6 @@ use crate::paths::guest_dir;
 use crate::qemu::{Qemu, Qmp};
 use crate::wait;
 
-use ssh::Tunnel;
-
 /// What carries QEMU's stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
@@ -27,6 +27,67 @@ pub enum Transport {
     Tls,
     /// A UNIX socket forwarded by ssh.
     Ssh,
+    /// TCP over a network of its own, which joins the hosts alone.
+    Segment,
+    /// TCP through a tunnel of IPsec.
+    Ipsec,
+}
+
+impl Transport {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::Plain,
+        Self::Segment,
+        Self::Tls,
+        Self::Ssh,
+        Self::Ipsec,
+    ];
+
+    /// As on the command line and in results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "qemu",
+            Self::Segment => "qemu-segment",
+            Self::Tls => "qemu-tls",
+            Self::Ssh => "qemu-ssh",
+            Self::Ipsec => "qemu-ipsec",
+        }
+    }
+
+    /// What it is, for people.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Plain => "QEMU, plaintext",
+            Self::Segment => "QEMU, plaintext on an isolated segment",
+            Self::Tls => "QEMU, TLS",
+            Self::Ssh => "QEMU through ssh",
+            Self::Ipsec => "QEMU through IPsec",
+        }
+    }
+}
+
+/// What lies between the two ends; it is taken down when it is dropped.
+#[derive(Debug)]
+pub enum Between {
+    /// Nothing but the network.
+    Nothing,
+    /// A client and a server of ssh.
+    Ssh(ssh::Tunnel),
+    /// A network of the hosts' own.
+    Segment(segment::Segment),
+    /// Two daemons of IKE.
+    Ipsec(ipsec::Tunnel),
+}
+
+/// The two ends of a migration.
+#[derive(Debug)]
+pub struct Ends {
+    /// Where the destination listens, as QEMU has it.
+    pub listen: String,
+    /// Where the source connects, as QEMU has it.
+    pub connect: String,
+    /// What lies between.
+    pub between: Between,
 }
 
 /// Longest wait for a guest's start.
@@ -211,25 +272,38 @@ pub fn goes_on(console: &Console) -> Result<()> {
     })
 }
 
-/// Where the destination listens, where the source connects, and what lies between.
+/// Makes what lies between two hosts, and says where they meet.
 ///
 /// # Errors
 ///
 /// If what lies between cannot be started.
-pub fn endpoints(
-    transport: Transport,
-    source: &Host,
-    destination: &Host,
-) -> Result<(String, String, Option<Tunnel>)> {
-    if transport != Transport::Ssh {
-        let address = &destination.spec.address;
-        let at = |address: &str| format!("tcp:{address}:{PORT}");
-        return Ok((at("0.0.0.0"), at(address), None));
-    }
-    let dir = destination.dir().join("ssh");
-    let far = dir.join("far.sock");
-    let _ = std::fs::remove_file(&far);
-    let tunnel = Tunnel::open(source, destination, &far, &dir)?;
-    let near = format!("unix:{}", tunnel.near().display());
-    Ok((format!("unix:{}", far.display()), near, Some(tunnel)))
+pub fn endpoints(transport: Transport, source: &Host, destination: &Host) -> Result<Ends> {
+    let tcp = |address: &str, between| Ends {
+        listen: format!("tcp:0.0.0.0:{PORT}"),
+        connect: format!("tcp:{address}:{PORT}"),
+        between,
+    };
+    Ok(match transport {
+        Transport::Plain | Transport::Tls => tcp(&destination.spec.address, Between::Nothing),
+        Transport::Segment => {
+            let segment = segment::Segment::open(source, destination, source.mtu()?)?;
+            tcp(&segment.far(), Between::Segment(segment))
+        }
+        Transport::Ipsec => {
+            let tunnel = ipsec::Tunnel::open(source, destination, source.mtu()?)?;
+            let far = tunnel.far().to_owned();
+            tcp(&far, Between::Ipsec(tunnel))
+        }
+        Transport::Ssh => {
+            let dir = destination.dir().join("ssh");
+            let far = dir.join("far.sock");
+            let _ = std::fs::remove_file(&far);
+            let tunnel = ssh::Tunnel::open(source, destination, &far, &dir)?;
+            Ends {
+                listen: format!("unix:{}", far.display()),
+                connect: format!("unix:{}", tunnel.near().display()),
+                between: Between::Ssh(tunnel),
+            }
+        }
+    })
 }

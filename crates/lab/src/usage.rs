@@ -1,6 +1,6 @@
 //! What a rig uses of this machine, measured the same way whoever moves its guest.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -12,12 +12,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::host::Host;
+use crate::network;
 use crate::process;
 use crate::rig::Rig;
 use crate::wait;
 
 /// Others may use at most this share of the machine; with more, it is they who are measured.
 pub const QUIET: f64 = 0.10;
+
+/// Over how long a peak of CPU time is looked for. The kernel counts in steps of 10 ms.
+pub const WINDOW: Duration = Duration::from_millis(500);
 
 /// Waits until the rest of the machine is quiet.
 ///
@@ -106,6 +110,8 @@ pub struct Watched {
     pub rss_mib: f64,
     /// As [`Watched::rss_mib`], of agents alone.
     pub agents_rss_mib: f64,
+    /// Largest CPU time within a [`WINDOW`], in percent of one CPU.
+    pub peak_cpu_percent: f64,
     /// User-mode CPU time of everybody else meanwhile, as a share of all CPUs' time, 0 to 1.
     pub foreign_share: f64,
 }
@@ -124,6 +130,9 @@ struct Seen {
     used: BTreeMap<u32, Used>,
     rss_kib: u64,
     agents_rss_kib: u64,
+    /// CPU time used at the looks within the last window, oldest first.
+    recent: VecDeque<(Instant, Duration)>,
+    peak_percent: f64,
 }
 
 impl Seen {
@@ -148,9 +157,11 @@ impl Seen {
 
     fn look(&mut self) {
         let (mut all, mut agents) = (0, 0);
+        let mut total = Duration::ZERO;
         for (pid, used) in &mut self.used {
             used.all.1 = process::cpu_time(*pid).unwrap_or(used.all.1);
             used.user.1 = process::user_time(*pid).unwrap_or(used.user.1);
+            total += used.all.1.saturating_sub(used.all.0);
             let anonymous = process::status_value(*pid, "RssAnon").unwrap_or(0);
             all += anonymous;
             if used.agent {
@@ -159,6 +170,17 @@ impl Seen {
         }
         self.rss_kib = self.rss_kib.max(all);
         self.agents_rss_kib = self.agents_rss_kib.max(agents);
+        let now = Instant::now();
+        self.recent.push_back((now, total));
+        while let Some(&(then, before)) = self.recent.front() {
+            let elapsed = now.saturating_duration_since(then);
+            if elapsed < WINDOW {
+                break;
+            }
+            let share = total.saturating_sub(before).as_secs_f64() / elapsed.as_secs_f64();
+            self.peak_percent = self.peak_percent.max(share * 100.0);
+            self.recent.pop_front();
+        }
     }
 }
 
@@ -188,6 +210,8 @@ impl Watch {
             used: BTreeMap::new(),
             rss_kib: 0,
             agents_rss_kib: 0,
+            recent: VecDeque::new(),
+            peak_percent: 0.0,
         };
         seen.discover(true);
         seen.look();
@@ -233,8 +257,13 @@ impl Watch {
         };
         let others = machine.saturating_sub(difference(|used| used.user));
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let cpu_s = difference(|used| used.all).as_secs_f64();
         Watched {
-            cpu_s: difference(|used| used.all).as_secs_f64(),
+            cpu_s,
+            // What was shorter than a window has its mean.
+            peak_cpu_percent: seen
+                .peak_percent
+                .max(cpu_s / elapsed.max(WINDOW.as_secs_f64()) * 100.0),
             rss_mib: seen.rss_kib as f64 / 1024.0,
             agents_rss_mib: seen.agents_rss_kib as f64 / 1024.0,
             foreign_share: others.as_secs_f64() / (elapsed * cpus as f64),
@@ -248,13 +277,21 @@ impl Watch {
 ///
 /// If it has no uplink.
 pub fn sent_bytes(host: &Host) -> Result<u64> {
-    let text = host
-        .namespace
-        .ip(&["-s", "-j", "link", "show", "dev", "eth0"])?;
-    let links: serde_json::Value = serde_json::from_str(&text)?;
-    links[0]["stats64"]["tx"]["bytes"]
-        .as_u64()
-        .context("no counter of eth0")
+    Ok(sent(host, "eth0")?.0)
+}
+
+/// Bytes and packets that a device of a host has sent so far.
+///
+/// # Errors
+///
+/// If there is no such device.
+pub fn sent(host: &Host, device: &str) -> Result<(u64, u64)> {
+    let link = network::link(&host.namespace, device)?;
+    let counter = |what: &str| {
+        let counter = link["stats64"]["tx"][what].as_u64();
+        counter.with_context(|| format!("no counter of {device}"))
+    };
+    Ok((counter("bytes")?, counter("packets")?))
 }
 
 /// The middle value; of an even number the lower one of the two.

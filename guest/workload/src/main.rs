@@ -10,6 +10,7 @@
 mod canary;
 mod clock;
 mod console;
+mod document;
 mod memory;
 mod page;
 mod server;
@@ -26,6 +27,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use document::Document;
 use memory::Memory;
 use settings::Settings;
 use stats::Stats;
@@ -51,6 +53,7 @@ fn run() -> Result<Infallible, String> {
     let boot_id = boot_id()?;
     let available = stats::memory_available().ok_or("/proc/meminfo doesn't say MemAvailable")?;
     let memory = Memory::fill(&settings, available)?;
+    let document = settings.open.as_deref().map(Document::open).transpose()?;
     let stats = Arc::new(Stats::new(boot_id.clone()));
     server::start(&stats)?;
     clock::serve()?;
@@ -67,6 +70,9 @@ fn run() -> Result<Infallible, String> {
         next = (next + BEAT).max(Instant::now());
         wait::until(next);
         console::line(&stats.beat());
+        if document.as_ref().is_some_and(|open| !open.verify()) {
+            return Err("the open document is not what it was: CORRUPT".to_owned());
+        }
     }
 }
 

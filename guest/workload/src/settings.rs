@@ -23,6 +23,9 @@ pub(crate) struct Settings {
     /// `palanquin.canary=`: a sentence of up to 1024 bytes with `%20` for a blank, or
     /// `base64:` and its encoding (RFC 4648). Default none.
     pub(crate) canary: Option<String>,
+    /// `palanquin.open=`: a text file of up to 64 KiB that is opened as an editor opens it: it is read, stays open, and
+    /// its text is kept in memory in both encodings that programs use. Default none.
+    pub(crate) open: Option<String>,
 }
 
 impl Default for Settings {
@@ -34,6 +37,7 @@ impl Default for Settings {
             audit_mib_s: 16,
             seed: 1,
             canary: None,
+            open: None,
         }
     }
 }
@@ -77,6 +81,7 @@ impl Settings {
                 "audit_mib_s" => settings.audit_mib_s = number(key, value, 0, 1 << 16)?,
                 "seed" => settings.seed = number(key, value, 0, u64::MAX)?,
                 "canary" => settings.canary = Some(canary(value)?),
+                "open" => settings.open = Some(value.to_owned()),
                 // Read by /init, before this program starts.
                 "ip" | "gateway" | "files" => {}
                 other => return Err(SettingsError::UnknownKey(format!("palanquin.{other}"))),
@@ -168,6 +173,12 @@ mod tests {
             ..Settings::default()
         };
         assert_eq!(Settings::parse(line), Ok(expected));
+    }
+
+    #[test]
+    fn a_file_to_open_is_named_by_its_path() {
+        let settings = Settings::parse("palanquin.open=/files/letter.txt").unwrap();
+        assert_eq!(settings.open.as_deref(), Some("/files/letter.txt"));
     }
 
     #[test]

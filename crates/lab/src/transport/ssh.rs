@@ -34,6 +34,31 @@ impl Tunnel {
     ///
     /// If openssh-server is not installed, or one of both does not start.
     pub fn open(source: &Host, destination: &Host, far: &Path, dir: &Path) -> Result<Self> {
+        Self::open_any(source, destination, far, dir, None)
+    }
+
+    /// As [`Tunnel::open`], and forwards a port of the source's own to the same of the destination's own.
+    ///
+    /// # Errors
+    ///
+    /// As [`Tunnel::open`].
+    pub fn open_with_port(
+        source: &Host,
+        destination: &Host,
+        far: &Path,
+        dir: &Path,
+        port: u16,
+    ) -> Result<Self> {
+        Self::open_any(source, destination, far, dir, Some(port))
+    }
+
+    fn open_any(
+        source: &Host,
+        destination: &Host,
+        far: &Path,
+        dir: &Path,
+        port: Option<u16>,
+    ) -> Result<Self> {
         if !Path::new(SERVER).exists() {
             bail!("no {SERVER}: install openssh-server");
         }
@@ -60,7 +85,7 @@ impl Tunnel {
         )?;
         let near = dir.join("near.sock");
         let _ = fs::remove_file(&near);
-        let client = connect(source, address, &near, far, dir)?;
+        let client = connect(source, address, (&near, far), dir, port)?;
         Ok(Self {
             near,
             _client: client,
@@ -106,7 +131,13 @@ fn serve(destination: &Host, dir: &Path) -> Result<Kept> {
 }
 
 /// Starts the client and waits until it forwards.
-fn connect(source: &Host, address: &str, near: &Path, far: &Path, dir: &Path) -> Result<Kept> {
+fn connect(
+    source: &Host,
+    address: &str,
+    (near, far): (&Path, &Path),
+    dir: &Path,
+    port: Option<u16>,
+) -> Result<Kept> {
     let log = dir.join("ssh.log");
     let shown = |name: &str| dir.join(name).display().to_string();
     let mut command = source.namespace.command("ssh");
@@ -121,6 +152,10 @@ fn connect(source: &Host, address: &str, near: &Path, far: &Path, dir: &Path) ->
         format!("UserKnownHostsFile={}", shown("known-hosts")),
     ] {
         command.args(["-o", &option]);
+    }
+    // The socket comes last: when it is there, so is the port.
+    if let Some(port) = port {
+        command.args(["-L", &format!("127.0.0.1:{port}:127.0.0.1:{port}")]);
     }
     let forwarded = format!("{}:{}", near.display(), far.display());
     command.args(["-L", &forwarded, address]);

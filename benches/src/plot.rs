@@ -3,6 +3,8 @@
 
 use std::fmt::Write as _;
 
+use palanquin_lab::chart::{COLOURS, STYLE, add, marks, shape, text};
+
 use crate::strategies::{Point, STRATEGIES};
 
 /// Width and height of a panel's axes.
@@ -11,11 +13,6 @@ const LEFT: f64 = 70.0;
 const TOP: f64 = 50.0;
 /// Distance between the left edges of two panels.
 const STEP: f64 = 500.0;
-/// Colours after Okabe and Ito, told apart by the colour-blind too; the same on light and dark ground.
-const COLOURS: [&str; 6] = [
-    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9",
-];
-
 struct Panel<'a> {
     title: &'a str,
     left: f64,
@@ -26,11 +23,9 @@ struct Panel<'a> {
 
 /// Draws all points.
 pub(crate) fn svg(points: &[Point], link_mbit_s: u32) -> String {
-    let mut out = String::from(
+    let mut out = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 1000 420\" font-family=\"sans-serif\" font-size=\"13\">\n\
-         <style>\n.ground{fill:#ffffff}.text{fill:#1f2328}.axis{stroke:#1f2328;fill:none}.grid{stroke:#d0d7de}\n\
-         @media (prefers-color-scheme: dark){.ground{fill:#0d1117}.text{fill:#e6edf3}.axis{stroke:#e6edf3}.grid{stroke:#30363d}}\n\
-         </style>\n<rect class=\"ground\" width=\"1000\" height=\"420\"/>\n",
+         <style>\n{STYLE}\n</style>\n<rect class=\"ground\" width=\"1000\" height=\"420\"/>\n"
     );
     let panels = [
         Panel {
@@ -56,41 +51,6 @@ pub(crate) fn svg(points: &[Point], link_mbit_s: u32) -> String {
     text(&mut out, (LEFT, 408.0), "start", &note);
     out.push_str("</svg>\n");
     out
-}
-
-/// Writing to a string cannot fail.
-fn add(out: &mut String, line: std::fmt::Arguments<'_>) {
-    let _ = out.write_fmt(line);
-    out.push('\n');
-}
-
-fn text(out: &mut String, (x, y): (f64, f64), anchor: &str, what: &str) {
-    let what = what.replace('&', "&amp;").replace('<', "&lt;");
-    add(
-        out,
-        format_args!(
-            "<text class=\"text\" x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\">{what}</text>"
-        ),
-    );
-}
-
-/// Marks of an axis that cover everything up to `most`.
-fn marks(least: f64, most: f64, logarithmic: bool) -> Vec<f64> {
-    if logarithmic {
-        let from = least.max(0.1).log10().floor() as i32;
-        let to = (most.max(1.0).log10().ceil() as i32).max(from + 1);
-        return (from..=to).map(|power| 10_f64.powi(power)).collect();
-    }
-    let rough = most.max(1.0) / 5.0;
-    let power = 10_f64.powf(rough.log10().floor());
-    let step = [1.0, 2.0, 5.0, 10.0]
-        .into_iter()
-        .map(|factor| factor * power)
-        .find(|step| *step >= rough)
-        .unwrap_or(rough);
-    (0..=(most / step).ceil().max(1.0) as u32)
-        .map(|count| f64::from(count) * step)
-        .collect()
 }
 
 fn draw(out: &mut String, panel: &Panel<'_>, points: &[Point]) {
@@ -172,27 +132,6 @@ fn draw(out: &mut String, panel: &Panel<'_>, points: &[Point]) {
     }
 }
 
-/// The mark of a strategy.
-fn shape(out: &mut String, index: usize, (x, y): (f64, f64), filled: bool) {
-    let colour = COLOURS[index];
-    let fill = if filled { colour } else { "none" };
-    let path = match index {
-        0 => format!("M{:.1},{:.1} h9 v9 h-9 z", x - 4.5, y - 4.5),
-        1 => format!("M{x:.1},{:.1} l5.5,9 h-11 z", y - 5.5),
-        2 => format!("M{x:.1},{:.1} l-5.5,-9 h11 z", y + 5.5),
-        3 => format!("M{x:.1},{:.1} l5.5,5.5 l-5.5,5.5 l-5.5,-5.5 z", y - 5.5),
-        4 => format!(
-            "M{:.1},{y:.1} a4.5,4.5 0 1,0 9,0 a4.5,4.5 0 1,0 -9,0 z",
-            x - 4.5
-        ),
-        _ => format!("M{:.1},{y:.1} h11 M{x:.1},{:.1} v11", x - 5.5, y - 5.5),
-    };
-    add(
-        out,
-        format_args!("<path d=\"{path}\" stroke=\"{colour}\" stroke-width=\"2\" fill=\"{fill}\"/>"),
-    );
-}
-
 fn legend(out: &mut String, points: &[Point]) {
     for (index, path) in STRATEGIES.iter().enumerate() {
         let left = LEFT + index as f64 * 150.0;
@@ -244,11 +183,5 @@ mod tests {
     #[test]
     fn nothing_measured_is_drawn_without_a_panic() {
         assert!(!svg(&[], 1000).contains("NaN"));
-    }
-
-    #[test]
-    fn marks_cover_what_is_drawn() {
-        assert_eq!(marks(0.0, 400.0, false), [0.0, 100.0, 200.0, 300.0, 400.0]);
-        assert_eq!(marks(7.0, 900.0, true), [1.0, 10.0, 100.0, 1000.0]);
     }
 }

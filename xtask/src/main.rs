@@ -61,6 +61,12 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         what: Vec<String>,
     },
+    /// Try what an attacker would, measure every transport, and write the report
+    Lab {
+        /// `experiment`, `attack` or `report`, and its options
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        what: Vec<String>,
+    },
     /// Watch real migrations from outside and say what the detector makes of them, see `docs/watch.md`
     Trials {
         /// `record`, `calibrate`, `report` or `list`, and its options
@@ -160,6 +166,18 @@ fn perform(task: Task) -> Result<()> {
             )?;
             let bench = root().join("target/release/palanquin-bench");
             programs::visible(programs::program(bench).args(what))
+        }
+        Task::Lab { what } => {
+            let mut packages = vec!["build", "--release", "-p", "palanquin-lab"];
+            if what.first().is_some_and(|what| what != "report") {
+                setup::require_root("the lab makes network namespaces")?;
+                setup::install_for_lab()?;
+                guest::build()?;
+                packages.extend(["-p", "palanquin-agent", "-p", "palanquin-cli"]);
+            }
+            run("cargo", &packages)?;
+            let lab = root().join("target/release/palanquin-lab");
+            programs::visible(programs::program(lab).args(what))
         }
         Task::Trials { what } => {
             let mut packages = vec!["build", "--release", "-p", "palanquin-trials"];

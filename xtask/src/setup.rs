@@ -35,6 +35,22 @@ const FOR_BENCHES: [(&str, &str); 2] = [
     ("/usr/sbin/sshd", "openssh-server"),
 ];
 
+/// What the lab's other transports need: IPsec by strongSwan, in user space because not every kernel has ESP, and what
+/// measures a path. Their daemons are started in namespaces of the rig alone.
+const FOR_LAB: [(&str, &str); 5] = [
+    ("/usr/lib/ipsec/charon", "strongswan-charon"),
+    ("/usr/sbin/swanctl", "strongswan-swanctl"),
+    (
+        "/usr/lib/ipsec/plugins/libstrongswan-kernel-libipsec.so",
+        "libcharon-extra-plugins",
+    ),
+    (
+        "/usr/lib/ipsec/plugins/libstrongswan-openssl.so",
+        "libstrongswan-standard-plugins",
+    ),
+    ("/usr/bin/iperf3", "iperf3"),
+];
+
 /// Whether we are root.
 pub(crate) fn is_root() -> bool {
     let id = Command::new("id").arg("-u").output();
@@ -57,6 +73,11 @@ pub(crate) fn install() -> Result<()> {
 /// Installs what is missing for the benches as well.
 pub(crate) fn install_for_benches() -> Result<()> {
     install_of(&[&NEEDED[..], &FOR_BENCHES[..]].concat())
+}
+
+/// Installs what is missing for the experiment and the attacks as well.
+pub(crate) fn install_for_lab() -> Result<()> {
+    install_of(&[&NEEDED[..], &FOR_BENCHES[..], &FOR_LAB[..]].concat())
 }
 
 fn install_of(needed: &[(&'static str, &'static str)]) -> Result<()> {

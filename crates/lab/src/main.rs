@@ -1,8 +1,9 @@
-//! `palanquin-lab`: the demo, and the removal of what a killed run left behind.
+//! `palanquin-lab`: the demo, the experiment and its report, and the removal of what a killed run left behind.
 #![forbid(unsafe_code)]
 
 mod demo;
 mod experiment;
+mod report;
 
 use std::process::ExitCode;
 
@@ -24,6 +25,8 @@ enum Task {
     Demo(demo::Options),
     /// Open a letter in a guest, move it there and back over every transport, and look for the letter on the wire
     Experiment(experiment::Options),
+    /// Write the report of what the experiment and the attacks have found
+    Report(report::Options),
     /// Remove what killed runs left behind
     CleanRig,
 }
@@ -52,6 +55,7 @@ fn run(task: Task) -> Result<()> {
     wait::catch_signals()?;
     match task {
         Task::Demo(options) => demo::run(&options),
+        Task::Report(options) => report::run(&options),
         Task::Experiment(options) => experiment::run(&options, &command()),
         Task::CleanRig => {
             let removed = rig::clean()?;

@@ -7,8 +7,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use palanquin_lab::file_server::FileServer;
 use palanquin_lab::guest::{Console, GuestSpec};
 use palanquin_lab::rig::{Rig, RigSpec};
+use palanquin_lab::transport::tls;
+use palanquin_lab::usage::{QUIET, warm_up};
 use serde::{Deserialize, Serialize};
 
 use crate::bars;
@@ -20,9 +23,6 @@ use crate::qemu::{self, WAYS};
 use crate::row::{self, Row};
 use crate::service::{self, Service};
 use crate::workload::{FILES_MIB, Workload};
-use palanquin_lab::file_server::FileServer;
-use palanquin_lab::transport::tls;
-use palanquin_lab::usage::{QUIET, warm_up};
 
 /// Address of the guest.
 pub(crate) const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 1, 10);

@@ -1,9 +1,9 @@
 //! Medians of several runs, as a table and as JSON.
 
+use palanquin_lab::usage::median;
 use serde::{Deserialize, Serialize};
 
 use crate::measure::Sample;
-use palanquin_lab::usage::median;
 
 /// What one path took for one workload: medians of its undisturbed runs. Times are of the migrations that completed, or
 /// if none did, of those that did not.

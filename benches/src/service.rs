@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use palanquin_lab::network::Namespace;
 use palanquin_lab::rig::{Rig, RigSpec};
+use palanquin_lab::usage::{Inhabitants, QUIET, Watch, median, sent_bytes, wait_quiet, warm_up};
 use palanquin_lab::wait;
 use serde::{Deserialize, Serialize};
 
 use crate::palanquin;
 use crate::peers::{Case, GUEST, TRIES};
 use crate::workload::{VM, Workload};
-use palanquin_lab::usage::{Inhabitants, QUIET, Watch, median, sent_bytes, wait_quiet, warm_up};
 
 /// How long the client works before the migration begins.
 const BEFORE: Duration = Duration::from_secs(4);

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use palanquin_lab::guest::GuestSpec;
 use palanquin_lab::rig::{Rig, RigSpec};
+use palanquin_lab::usage::{QUIET, median, warm_up};
 use serde::{Deserialize, Serialize};
 
 use crate::measure::Sample;
@@ -16,7 +17,6 @@ use crate::peers::{Case, TRIES};
 use crate::plot;
 use crate::row::shown;
 use crate::workload::VM;
-use palanquin_lab::usage::{QUIET, median, warm_up};
 
 /// All strategies.
 pub(crate) const STRATEGIES: [Path; 6] = [

@@ -6,10 +6,10 @@ use palanquin_api::control::MigrationInfo;
 use palanquin_lab::guest::GuestSpec;
 use palanquin_lab::rig::{Rig, RigSpec};
 use palanquin_lab::trust::JudgingRig;
+use palanquin_lab::usage::{median, wait_quiet, warm_up};
 use uuid::Uuid;
 
 use crate::workload::VM;
-use palanquin_lab::usage::{median, wait_quiet, warm_up};
 
 /// Runs that are not counted: what is measured of a hypervisor's files is remembered from then on.
 const WARM_UPS: u32 = 1;

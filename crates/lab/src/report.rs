@@ -6,6 +6,8 @@ mod document;
 mod html;
 mod letter;
 mod markdown;
+mod strategies;
+mod threats;
 
 use std::fs;
 use std::path::PathBuf;
@@ -26,6 +28,9 @@ pub(crate) struct Options {
     /// Results of the attacks
     #[arg(long, default_value = "target/lab/attack.jsonl")]
     attack: PathBuf,
+    /// What `cargo xtask bench strategies` wrote, if it was run
+    #[arg(long, default_value = "target/bench/strategies.json")]
+    strategies: PathBuf,
     /// Where report.html and report.md go
     #[arg(long, default_value = "target/lab")]
     out: PathBuf,
@@ -52,7 +57,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
          Nothing in this file is loaded from elsewhere.",
     );
     letter::add(&mut document, &letter);
+    strategies::add(&mut document, &options.strategies)?;
     attacks::add(&mut document, &attacks);
+    threats::add(&mut document, &attacks);
     made(&mut document, &[&letter, &attacks]);
     fs::create_dir_all(&options.out)?;
     write(&options.out.join("report.html"), &html::render(&document))?;

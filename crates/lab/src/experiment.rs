@@ -59,8 +59,8 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 0)]
     dirty_mib_s: u64,
     /// File of the results; a run that was interrupted goes on where it was
-    #[arg(long, default_value = "target/lab/experiment.jsonl")]
-    out: PathBuf,
+    #[arg(long, value_name = "FILE", default_value = "target/lab/experiment.jsonl")]
+    results: PathBuf,
     /// Forget what the file holds
     #[arg(long)]
     fresh: bool,
@@ -100,17 +100,17 @@ pub(crate) fn run(options: &Options, command: &str) -> Result<()> {
             options.fill_mib
         );
     }
-    if options.fresh && options.out.exists() {
-        fs::remove_file(&options.out)?;
+    if options.fresh && options.results.exists() {
+        fs::remove_file(&options.results)?;
     }
-    let mut results = Results::open(&options.out)?;
+    let mut results = Results::open(&options.results)?;
     results.begin(command, machine()?)?;
     for &mtu in &options.mtu {
         if left(options, &results, mtu) {
             at(options, &mut results, mtu)?;
         }
     }
-    println!("the results are in {}", options.out.display());
+    println!("the results are in {}", options.results.display());
     Ok(())
 }
 

@@ -40,7 +40,7 @@ fn the_letter_is_on_the_wire_in_plaintext_and_nowhere_else() -> Result<()> {
         "--mtu=1500",
         "--memory-mib=192",
         "--fill-mib=8",
-        "--out=letter.jsonl",
+        "--results=letter.jsonl",
     ];
     lab(dir.path(), &[&words[..], &["--transport=qemu"]].concat())?;
     let before = fs::read_to_string(dir.path().join("letter.jsonl"))?;

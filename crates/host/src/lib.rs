@@ -11,6 +11,7 @@ mod error;
 pub mod facts;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
+pub mod inside;
 pub mod measure;
 mod numa;
 pub mod probe;

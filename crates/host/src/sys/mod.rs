@@ -9,6 +9,7 @@ pub(crate) mod map;
 pub(crate) mod session;
 pub(crate) mod socket;
 pub(crate) mod track;
+pub(crate) mod tsc;
 pub(crate) mod uffd;
 
 /// The error of a system call that returned a negative number.

@@ -14,6 +14,8 @@
 //! - [`Calibration`]: what thresholds and probabilities are, and [`calibrate`]: where they come from;
 //! - [`Ledger`]: which findings are explained by migrations that somebody ordered;
 //! - [`trace`]: recorded observations as lines of text;
+//! - [`inside`]: the same from inside a guest, by its clocks, its looks, its speed and its neighbours;
+//! - [`taxonomy`]: the eight ways to notice a migration, and what finds each;
 //! - [`baseline`]: the heuristics of 2013, to compare with;
 //! - [`synthetic`]: traces that nobody measured, for calibrating and tests.
 #![forbid(unsafe_code)]
@@ -25,13 +27,16 @@ mod fusion;
 mod join;
 mod normal;
 mod observation;
+mod shift;
 mod target;
 mod watcher;
 
 pub mod baseline;
 pub mod calibrate;
 pub mod calibration;
+pub mod inside;
 pub mod synthetic;
+pub mod taxonomy;
 pub mod trace;
 
 pub use calibration::{Calibration, CalibrationError};

@@ -244,6 +244,7 @@ pub fn rounded(reading: Reading) -> Reading {
         Reading::Rtt { ms } => Reading::Rtt { ms: round(ms) },
         Reading::IcmpOffset { ms } => Reading::IcmpOffset { ms: round(ms) },
         Reading::NtpOffset { ms } => Reading::NtpOffset { ms: round(ms) },
+        Reading::NtpHeld { ms } => Reading::NtpHeld { ms: round(ms) },
         other => other,
     }
 }

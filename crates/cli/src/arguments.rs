@@ -325,7 +325,7 @@ pub(crate) struct RecordArgs {
 
 #[derive(Args)]
 pub(crate) struct ReplayArgs {
-    /// Observations (CSV): time_s,target,kind,value with kinds rtt_ms, lost, offset_ms, icmp_offset_ms, ttl, announced
+    /// Observations (CSV): time_s,target,kind,value with kinds rtt_ms, lost, offset_ms, icmp_offset_ms, ntp_held_ms, ttl, announced
     pub(crate) file: PathBuf,
     /// Target that is a hypervisor host; all others are VMs (can be repeated)
     #[arg(long = "host", value_name = "NAME")]

@@ -2,6 +2,7 @@
 
 #[cfg(feature = "watch-probes")]
 mod board;
+mod both;
 #[cfg(feature = "watch-probes")]
 mod config;
 #[cfg(feature = "watch-probes")]
@@ -26,6 +27,8 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
 use palanquin_watch::baseline::Baseline;
+use palanquin_watch::inside::Evidence;
+use palanquin_watch::outside::Outside;
 use palanquin_watch::trace::{self, LINE_MAX, Replay, TraceError};
 use palanquin_watch::{
     Calibration, Class, Joined, Ledger, Level, Record, TargetId, Unconfirmed, Verdict,
@@ -56,6 +59,8 @@ struct Report {
     findings_dropped: u64,
     /// Records of which nothing was noticed.
     unconfirmed: Vec<Unconfirmed>,
+    /// Targets that look otherwise, or answer faster or slower, than they did.
+    signs: Vec<Sign>,
     /// Alarms of the heuristics of 2013, if asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     baseline: Option<Vec<BaselineAlarm>>,
@@ -74,6 +79,14 @@ struct Summary {
     likelihood: Option<f64>,
     /// Whether a migration is among them that nobody ordered.
     unexplained: bool,
+}
+
+#[derive(Serialize)]
+struct Sign {
+    target: String,
+    time_s: f64,
+    #[serde(flatten)]
+    sign: Evidence,
 }
 
 #[derive(Serialize)]
@@ -125,6 +138,7 @@ fn replay(arguments: &ReplayArgs, json: bool) -> Result<(), Failure> {
             findings: Vec::new(),
             findings_dropped: 0,
             unconfirmed: Vec::new(),
+            signs: Vec::new(),
             baseline: arguments.baseline.then(Vec::new),
             calibration: Provenance {
                 traces: "mostly synthetic",
@@ -132,6 +146,7 @@ fn replay(arguments: &ReplayArgs, json: bool) -> Result<(), Failure> {
             },
         },
         baselines: BTreeMap::new(),
+        outside: BTreeMap::new(),
         names: BTreeMap::new(),
     };
     run.read(&arguments.file)?;
@@ -154,6 +169,7 @@ struct Run {
     ledger: Ledger,
     report: Report,
     baselines: BTreeMap<TargetId, Baseline>,
+    outside: BTreeMap<TargetId, Outside>,
     names: BTreeMap<String, TargetId>,
 }
 
@@ -202,6 +218,16 @@ impl Run {
         };
         if !self.names.contains_key(entry.target) {
             self.names.insert(entry.target.to_owned(), target);
+        }
+        let outside = self.outside.entry(target).or_default();
+        if let Some(sign) = outside.read(entry.reading)
+            && report.signs.len() < FINDINGS_MAX
+        {
+            report.signs.push(Sign {
+                target: entry.target.to_owned(),
+                time_s,
+                sign,
+            });
         }
         let Some(alarms) = &mut report.baseline else {
             return;
@@ -344,6 +370,10 @@ fn text(report: &Report) -> String {
         };
         let (id, vm) = (line(&record.id), line(&record.vm));
         let _ = writeln!(text, "unconfirmed: {id} moves {vm}, and {why}");
+    }
+    for sign in &report.signs {
+        let (target, text_of) = (line(&sign.target), &sign.sign.text);
+        let _ = writeln!(text, "{:.0} s  {target}  {text_of}", sign.time_s);
     }
     for alarm in report.baseline.iter().flatten() {
         let target = line(&alarm.target);

@@ -65,7 +65,7 @@ impl Baseline {
                     self.usual_offset_ms = Some(ms);
                 }
             }
-            Reading::Ttl { .. } | Reading::Announced => return false,
+            Reading::Ttl { .. } | Reading::NtpHeld { .. } | Reading::Announced => return false,
         }
         let is_alarmed = self.judge(second);
         let was_alarmed = std::mem::replace(&mut self.is_alarmed, is_alarmed);

@@ -35,6 +35,7 @@ pub mod baseline;
 pub mod calibrate;
 pub mod calibration;
 pub mod inside;
+pub mod outside;
 pub mod synthetic;
 pub mod taxonomy;
 pub mod trace;

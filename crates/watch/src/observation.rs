@@ -39,6 +39,12 @@ pub enum Reading {
         /// Milliseconds; a target that lags is negative.
         ms: f64,
     },
+    /// For how long the target's NTP server has kept a question, by the target's own clock. Only [`crate::outside`] looks at
+    /// it.
+    NtpHeld {
+        /// Milliseconds.
+        ms: f64,
+    },
     /// An answer, and how long it took.
     Rtt {
         /// Milliseconds.
@@ -98,7 +104,9 @@ impl Reading {
     /// Refuses what cannot be.
     pub(crate) fn check(&self) -> Result<(), ObservationError> {
         match *self {
-            Self::Rtt { ms } if !(0.0..=RTT_MS_MAX).contains(&ms) => Err(ObservationError::Rtt(ms)),
+            Self::Rtt { ms } | Self::NtpHeld { ms } if !(0.0..=RTT_MS_MAX).contains(&ms) => {
+                Err(ObservationError::Rtt(ms))
+            }
             Self::NtpOffset { ms } | Self::IcmpOffset { ms }
                 if !(-OFFSET_MS_MAX..=OFFSET_MS_MAX).contains(&ms) =>
             {

@@ -132,6 +132,8 @@ impl Target {
                 Reading::Lost => {
                     self.losses.probe(sent_us, true);
                 }
+                // Says how fast it computes, which is another detector's.
+                Reading::NtpHeld { .. } => {}
                 Reading::Rtt { ms } => {
                     // Judged before it teaches that losses are usual.
                     let surprise = self.losses.run().map(|run| self.losses.surprise(&run));

@@ -8,8 +8,8 @@
 //! ```
 //!
 //! Times are when probes were sent, in seconds since any moment. Kinds are `rtt_ms`, `lost` (value empty or 1),
-//! `offset_ms` (NTP; the target's clock less the watcher's), and besides `icmp_offset_ms`, `ttl` and `announced`. The line
-//! with the columns' names may be missing; empty lines and those that begin with `#` say nothing.
+//! `offset_ms` (NTP; the target's clock less the watcher's), and besides `icmp_offset_ms`, `ntp_held_ms`, `ttl` and
+//! `announced`. The line with the columns' names may be missing; empty lines and those that begin with `#` say nothing.
 
 use thiserror::Error;
 
@@ -30,7 +30,7 @@ pub enum LineError {
     Fields(usize),
     /// A kind that is not known.
     #[error(
-        "{0:?} is no kind; kinds are rtt_ms, lost, offset_ms, icmp_offset_ms, ttl and announced"
+        "{0:?} is no kind; kinds are rtt_ms, lost, offset_ms, icmp_offset_ms, ntp_held_ms, ttl and announced"
     )]
     Kind(String),
     /// More than [`LINE_MAX`] bytes.
@@ -118,6 +118,9 @@ pub fn parse(line: &[u8]) -> Result<Option<Entry<'_>>, LineError> {
         "offset_ms" => Reading::NtpOffset {
             ms: number("offset_ms")?,
         },
+        "ntp_held_ms" => Reading::NtpHeld {
+            ms: number("ntp_held_ms")?,
+        },
         "icmp_offset_ms" => Reading::IcmpOffset {
             ms: number("icmp_offset_ms")?,
         },
@@ -143,6 +146,7 @@ pub fn line(entry: &Entry<'_>) -> String {
         Reading::Announced => ("announced", "1".to_owned()),
         Reading::IcmpOffset { ms } => ("icmp_offset_ms", ms.to_string()),
         Reading::Lost => ("lost", "1".to_owned()),
+        Reading::NtpHeld { ms } => ("ntp_held_ms", ms.to_string()),
         Reading::NtpOffset { ms } => ("offset_ms", ms.to_string()),
         Reading::Rtt { ms } => ("rtt_ms", ms.to_string()),
         Reading::Ttl { hops } => ("ttl", hops.to_string()),
@@ -284,13 +288,14 @@ mod tests {
         fn what_is_written_is_read_again(
             sent_us in 0..=TIME_US_MAX / 1000,
             ms in 0.0..1e6_f64,
-            kind in 0..6_u8,
+            kind in 0..7_u8,
         ) {
             let reading = match kind {
                 0 => Reading::Announced,
                 1 => Reading::IcmpOffset { ms: -ms },
                 2 => Reading::Lost,
                 3 => Reading::NtpOffset { ms },
+                5 => Reading::NtpHeld { ms },
                 4 => Reading::Rtt { ms },
                 _ => Reading::Ttl { hops: (ms / 1e4) as u8 },
             };

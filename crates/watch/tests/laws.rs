@@ -56,6 +56,7 @@ fn reading() -> impl Strategy<Value = Reading> {
         3 => Just(Reading::Lost),
         2 => absurd().prop_map(|ms| Reading::NtpOffset { ms }),
         2 => absurd().prop_map(|ms| Reading::IcmpOffset { ms: -ms }),
+        1 => absurd().prop_map(|ms| Reading::NtpHeld { ms }),
         1 => any::<u8>().prop_map(|hops| Reading::Ttl { hops }),
         1 => Just(Reading::Announced),
     ]

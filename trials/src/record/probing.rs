@@ -157,6 +157,7 @@ fn converted(reading: Probed) -> Reading {
         Probed::Ttl { hops } => Reading::Ttl { hops },
         Probed::IcmpOffset { ms } => Reading::IcmpOffset { ms },
         Probed::NtpOffset { ms } => Reading::NtpOffset { ms },
+        Probed::NtpHeld { ms } => Reading::NtpHeld { ms },
         Probed::Announced => Reading::Announced,
     }
 }

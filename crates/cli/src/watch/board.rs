@@ -266,7 +266,10 @@ impl Shown {
             Reading::Lost => second.lost += 1,
             Reading::NtpOffset { ms } => (second.offset_ms, second.is_ntp) = (Some(ms), true),
             Reading::IcmpOffset { ms } if !second.is_ntp => second.offset_ms = Some(ms),
-            Reading::IcmpOffset { .. } | Reading::Ttl { .. } | Reading::Announced => {}
+            Reading::IcmpOffset { .. }
+            | Reading::NtpHeld { .. }
+            | Reading::Ttl { .. }
+            | Reading::Announced => {}
         }
         while self.open.len() > OPEN_MAX {
             self.close();

@@ -4,11 +4,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use palanquin_host::probe::{self, Event, Prober};
+use palanquin_watch::inside::Evidence;
+use palanquin_watch::outside::Outside;
 use palanquin_watch::{Joined, Ledger, Unconfirmed, Verdict};
 use serde_json::{Value, json};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::board::{Board, Mood};
+use super::both::{clock_text, ended};
 use super::config::Config;
 use super::ordered::{self, Agents, Answer, Records};
 use super::probing::{Detector, TICK, ended_by_itself, reading, start, words};
@@ -27,31 +30,6 @@ pub(crate) type Shared = Arc<Mutex<Board>>;
 
 pub(crate) fn held(board: &Shared) -> MutexGuard<'_, Board> {
     board.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The time of day.
-pub(crate) fn clock_text(time_s: f64) -> String {
-    let time = time::OffsetDateTime::from_unix_timestamp(time_s as i64);
-    time.map_or_else(
-        |_| format!("{time_s:.0} s"),
-        |time| {
-            let (date, h, m, s) = (time.date(), time.hour(), time.minute(), time.second());
-            format!("{date} {h:02}:{m:02}:{s:02}Z")
-        },
-    )
-}
-
-/// Completes when the operator or the system ends us.
-pub(super) async fn ended() {
-    let terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate());
-    let Ok(mut terminate) = terminate else {
-        let _ = tokio::signal::ctrl_c().await;
-        return;
-    };
-    tokio::select! {
-        _ = tokio::signal::ctrl_c() => {}
-        _ = terminate.recv() => {}
-    }
 }
 
 /// Does what was typed.
@@ -86,6 +64,7 @@ pub(crate) async fn run(arguments: &RunArgs, json: bool) -> Result<(), Failure> 
         records: config.records.clone().map(Records::new),
         agents: Agents::new(&config.agents),
         announced_us: vec![0; config.targets.len()],
+        outside: config.targets.iter().map(|_| Outside::default()).collect(),
         config,
         detector,
         prober,
@@ -113,7 +92,10 @@ pub(crate) async fn run(arguments: &RunArgs, json: bool) -> Result<(), Failure> 
                     break;
                 }
             }
-            _ = look.tick() => live.read_records()?,
+            _ = look.tick() => {
+                live.read_records()?;
+                live.look_at_cards()?;
+            }
             Some(answer) = answers.recv() => live.answered(answer)?,
             () = &mut ending => break,
         }
@@ -133,6 +115,8 @@ struct Live {
     page: page::Page,
     /// When announcements of each target were told last.
     announced_us: Vec<u64>,
+    /// What each target looks like, and how fast it answers.
+    outside: Vec<Outside>,
     began_s: f64,
     json: bool,
     is_silent: bool,
@@ -176,6 +160,10 @@ impl Live {
                 if *seen == probe::Reading::Announced {
                     self.announced(*target, *sent_us)?;
                 }
+                let outside = self.outside.get_mut(*target);
+                if let Some(sign) = outside.and_then(|of| of.read(reading(*seen))) {
+                    self.sign(*target, &sign)?;
+                }
                 self.take_findings()
             }
             Event::Stalled { from_us, until_us } => {
@@ -218,6 +206,32 @@ impl Live {
         }
         *told_us = at_us;
         self.news(target, "it announces itself on the network")
+    }
+
+    /// Something looks otherwise, or is faster or slower, than it was.
+    fn sign(&self, target: usize, sign: &Evidence) -> Result<(), Failure> {
+        let Some(target) = self.config.targets.get(target) else {
+            return Ok(());
+        };
+        let name = &target.name;
+        self.tell(self.now_s(), Some(name), Mood::Warn, &sign.text, || {
+            let mut value = serde_json::to_value(sign).unwrap_or_default();
+            (value["event"], value["target"]) = (json!("sign"), json!(name));
+            value
+        })
+    }
+
+    /// Who made the network cards of targets that are near.
+    fn look_at_cards(&mut self) -> Result<(), Failure> {
+        let known = probe::hardware_addresses();
+        for at in 0..self.config.targets.len() {
+            let mac = known.get(&self.config.targets[at].address);
+            let sign = mac.and_then(|mac| self.outside.get_mut(at)?.looks.hardware_address(mac.0));
+            if let Some(sign) = sign {
+                self.sign(at, &sign)?;
+            }
+        }
+        Ok(())
     }
 
     /// Says something that is no finding.

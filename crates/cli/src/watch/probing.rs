@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use palanquin_api::control::ErrorKind;
-use palanquin_host::probe::{self, Event, News, ProbeError, Prober};
+use palanquin_host::probe::{self, Event, News, Prober};
 use palanquin_watch::{Calibration, Observation, Reading, TargetId, Watcher};
 use tokio::sync::mpsc;
 
+use super::both::refused;
 use super::config::{Config, TargetRole};
 use crate::failure::Failure;
 use crate::output::note;
@@ -39,32 +40,6 @@ pub(super) fn ended_by_itself() -> Failure {
         .hint("start it again; its last words are above")
 }
 
-fn refused(error: &ProbeError) -> Failure {
-    let is_interface = matches!(
-        error,
-        ProbeError::Interface { .. } | ProbeError::InterfaceName(_) | ProbeError::NotEthernet(_)
-    );
-    let kind = match error {
-        _ if error.is_right() => ErrorKind::Blocked,
-        _ if is_interface => ErrorKind::Usage,
-        _ => ErrorKind::Internal,
-    };
-    let failure = Failure::new(kind, "no probes can be sent").cause(error);
-    match error {
-        ProbeError::EchoRight { .. } => failure.hint(
-            "run it as root, or `setcap cap_net_raw+ep` the program, or set net.ipv4.ping_group_range",
-        ),
-        ProbeError::Interface { source, .. } => failure.cause(source).hint(
-            "`ip -br link` lists interfaces; a port of a bridge hears nothing, the bridge does",
-        ),
-        ProbeError::NotEthernet(_) | ProbeError::InterfaceName(_) => {
-            failure.hint("`ip -br link` lists interfaces")
-        }
-        ProbeError::Socket { source, .. } => failure.cause(source),
-        _ => failure,
-    }
-}
-
 /// What the prober has seen, as the detector takes it.
 pub(super) fn reading(reading: probe::Reading) -> Reading {
     match reading {
@@ -73,6 +48,7 @@ pub(super) fn reading(reading: probe::Reading) -> Reading {
         probe::Reading::Ttl { hops } => Reading::Ttl { hops },
         probe::Reading::IcmpOffset { ms } => Reading::IcmpOffset { ms },
         probe::Reading::NtpOffset { ms } => Reading::NtpOffset { ms },
+        probe::Reading::NtpHeld { ms } => Reading::NtpHeld { ms },
         probe::Reading::Announced => Reading::Announced,
     }
 }

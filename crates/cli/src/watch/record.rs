@@ -12,8 +12,8 @@ use palanquin_watch::{LATENESS_US, Reading};
 use serde::Serialize;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
+use super::both::ended;
 use super::config::Config;
-use super::live::ended;
 use super::probing::{Detector, TICK, ended_by_itself, reading, start, words};
 use crate::arguments::RecordArgs;
 use crate::commands::show;

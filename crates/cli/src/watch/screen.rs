@@ -15,7 +15,8 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::{Block, Paragraph, Row, Sparkline, SparklineBar, Table, TableState};
 
 use super::board::{Board, Mood, Shown};
-use super::live::{Shared, clock_text, held};
+use super::both::clock_text;
+use super::live::{Shared, held};
 use crate::failure::Failure;
 use crate::output::line;
 

@@ -6,6 +6,7 @@
 //! [`Prober::burst`] of probes. When the thread itself was late it says so, and drops what was under way.
 
 mod announce;
+mod arp;
 mod clock;
 mod control;
 mod ear;
@@ -25,6 +26,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 pub use announce::{Mac, MacError};
+pub use arp::hardware_addresses;
 pub use clock::Clock;
 use rustix::event::{EventfdFlags, eventfd};
 pub use target::{Counted, Counters};
@@ -223,6 +225,11 @@ pub enum Reading {
     },
     /// The target's clock less ours, by NTP.
     NtpOffset {
+        /// Milliseconds.
+        ms: f64,
+    },
+    /// For how long the target's NTP server has kept a question, by the target's own clock.
+    NtpHeld {
         /// Milliseconds.
         ms: f64,
     },

@@ -190,6 +190,12 @@ impl Packet {
         })
     }
 
+    /// For how long the server has kept the question, by its own clock, in milliseconds.
+    #[must_use]
+    pub(crate) fn held_ms(&self) -> f64 {
+        self.transmit.since_ms(self.receive)
+    }
+
     /// By how many milliseconds the server's clock is ahead of ours, by the answer to the question with that cookie, sent and
     /// received at these times of ours. Whether the server says that its clock is set by anything does not matter.
     ///
@@ -220,7 +226,7 @@ impl Packet {
         if self.receive.0 == 0 || self.transmit.0 == 0 {
             return Err(NtpError::NoTime);
         }
-        let held_ms = self.transmit.since_ms(self.receive);
+        let held_ms = self.held_ms();
         let waited_ms = received.since_ms(sent);
         if !(0.0..=HELD_MS_MAX).contains(&held_ms) || held_ms > waited_ms + DELAY_SLACK_MS {
             return Err(NtpError::Held { held_ms, waited_ms });

@@ -522,7 +522,11 @@ impl<F: FnMut(Event)> Worker<F> {
             Timestamp::from_unix_us(received_us),
         );
         match packet.read(key, sent, received) {
-            Ok(ms) => self.seen(target, sent_us, Reading::NtpOffset { ms }),
+            Ok(ms) => {
+                self.seen(target, sent_us, Reading::NtpOffset { ms });
+                let ms = packet.held_ms();
+                self.seen(target, sent_us, Reading::NtpHeld { ms });
+            }
             Err(error) => {
                 if let NtpError::Kiss(kiss) = error {
                     let now_us = self.clock.now_us();

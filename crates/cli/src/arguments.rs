@@ -1,5 +1,6 @@
 //! What may be typed: subcommands, options and their help.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -292,6 +293,37 @@ pub(crate) enum WatchCommand {
     Run(RunArgs),
     /// Write what probes see to a file that can be replayed
     Record(RecordArgs),
+    /// In a guest: say what it looks like from inside, and when it was paused or goes on elsewhere
+    Inside(InsideArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct InsideArgs {
+    /// Interval and neighbours (TOML)
+    pub(crate) config: Option<PathBuf>,
+    /// Time between two looks, 1s to 1h [default: 5s]
+    #[arg(long, value_name = "DURATION")]
+    pub(crate) every: Option<HumanDuration>,
+    /// A machine near by that answers pings, by its IP address (can be repeated)
+    #[arg(long = "neighbour", value_name = "NAME=ADDRESS", value_parser = neighbour)]
+    pub(crate) neighbours: Vec<(String, IpAddr)>,
+    /// Say what this machine looks like, and end
+    #[arg(long, conflicts_with_all = ["seconds", "samples"])]
+    pub(crate) once: bool,
+    /// End after so many seconds [default: when it is interrupted]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
+    pub(crate) seconds: Option<u64>,
+    /// Print also every sample, as calibrating reads it; needs --json
+    #[arg(long)]
+    pub(crate) samples: bool,
+}
+
+fn neighbour(text: &str) -> Result<(String, IpAddr), String> {
+    let (name, address) = text.split_once('=').ok_or("it is NAME=ADDRESS")?;
+    let address = address
+        .parse()
+        .map_err(|_| format!("{address:?} is no IP address"))?;
+    Ok((name.to_owned(), address))
 }
 
 #[derive(Args)]

@@ -5,6 +5,7 @@ mod board;
 mod both;
 #[cfg(feature = "watch-probes")]
 mod config;
+mod inside;
 #[cfg(feature = "watch-probes")]
 mod live;
 #[cfg(feature = "watch-probes")]
@@ -107,6 +108,7 @@ struct Provenance {
 pub(crate) async fn run(command: &WatchCommand, json: bool) -> Result<(), Failure> {
     match command {
         WatchCommand::Replay(arguments) => replay(arguments, json),
+        WatchCommand::Inside(arguments) => inside::run(arguments, json).await,
         #[cfg(feature = "watch-probes")]
         WatchCommand::Record(arguments) => record::record(arguments, json).await,
         #[cfg(feature = "watch-probes")]

@@ -6,6 +6,7 @@ mod agent;
 #[cfg(feature = "tpm")]
 mod attest;
 mod certificates;
+mod inside;
 mod migrate;
 mod migration;
 #[cfg(feature = "watch-probes")]

@@ -28,7 +28,8 @@ pub struct GuestSpec {
     pub canary: String,
     /// Address in 10.77.0.0/16, and the tap; none without a network.
     pub network: Option<(String, String)>,
-    /// URL of a tar archive that the guest unpacks into its RAM disk before its workload starts; needs a network.
+    /// URL of a tar archive that the guest unpacks into its RAM disk before its workload starts; needs a network. If it has a
+    /// program `start`, that runs beside the workload.
     pub files: Option<String>,
     /// Path in the guest of a text file that its workload opens.
     pub open: Option<String>,

@@ -304,7 +304,7 @@ impl Live {
             record.to_s >= began_s && config.targets.iter().any(|of| of.name == record.vm)
         });
         for Unconfirmed { record, watched } in unconfirmed {
-            if self.agents.ended_here.remove(&record.id) {
+            if self.agents.ended_here.take(&record.id) {
                 // It ended where it was: there was nothing to be noticed.
                 continue;
             }

@@ -1,12 +1,12 @@
 //! Which migrations somebody ordered: from a file that is read again as it changes, and from agents' sockets.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use palanquin_api::control::{MigrationInfo, Outcome, Phase};
-use palanquin_watch::{Ledger, Record, RecordError};
+use palanquin_watch::{Ledger, RECORDS_MAX, Record, RecordError};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use uuid::Uuid;
@@ -110,11 +110,38 @@ pub(super) fn ask(sockets: &[PathBuf]) -> mpsc::Receiver<Answer> {
     answers
 }
 
+/// Migrations that moved nothing in the end: that nothing was noticed of them is no news.
+#[derive(Default)]
+pub(super) struct EndedHere {
+    names: BTreeSet<String>,
+    /// The oldest first, also of what was taken meanwhile.
+    order: VecDeque<String>,
+}
+
+impl EndedHere {
+    /// Adds one. The oldest makes room: a ledger holds no more records, so it is explained or over by then.
+    fn add(&mut self, name: &str) {
+        if !self.names.insert(name.to_owned()) {
+            return;
+        }
+        self.order.push_back(name.to_owned());
+        while self.order.len() > RECORDS_MAX {
+            if let Some(oldest) = self.order.pop_front() {
+                self.names.remove(&oldest);
+            }
+        }
+    }
+
+    /// Whether it is one; it is asked for once.
+    pub(super) fn take(&mut self, name: &str) -> bool {
+        self.names.remove(name)
+    }
+}
+
 /// What is known of agents' migrations.
 pub(super) struct Agents {
     agents: Vec<Agent>,
-    /// Migrations that moved nothing in the end: that nothing was noticed of them is no news.
-    pub(super) ended_here: BTreeSet<String>,
+    pub(super) ended_here: EndedHere,
 }
 
 #[derive(Default)]
@@ -135,7 +162,7 @@ impl Agents {
         };
         Self {
             agents: sockets.iter().map(agent).collect(),
-            ended_here: BTreeSet::new(),
+            ended_here: EndedHere::default(),
         }
     }
 
@@ -170,7 +197,7 @@ impl Agent {
         migrations: &[MigrationInfo],
         now_s: f64,
         ledger: &mut Ledger,
-        ended_here: &mut BTreeSet<String>,
+        ended_here: &mut EndedHere,
     ) -> Option<String> {
         let mut problem = None;
         let before = std::mem::take(&mut self.known);
@@ -201,7 +228,7 @@ impl Agent {
                 to_s: now_s,
             };
             if is_over && info.outcome != Some(Outcome::Completed) {
-                ended_here.insert(record.id.clone());
+                ended_here.add(&record.id);
             }
             match ledger.follow(record) {
                 Ok(()) | Err(RecordError::Expired(_)) => {}
@@ -300,7 +327,23 @@ mod tests {
         told.at(1100.0, Ok(vec![info("done", Some("completed"), 55_500.0)]));
         assert!(!told.is_explained(1006.0, 1090.0));
         assert!(!told.is_explained(980.0, 1010.0));
-        assert!(told.agents.ended_here.is_empty());
+        assert!(told.agents.ended_here.names.is_empty());
+    }
+
+    #[test]
+    fn what_is_known_of_migrations_that_ended_where_they_began_is_bounded() {
+        let mut ended = EndedHere::default();
+        for number in 0..3 * RECORDS_MAX {
+            ended.add(&number.to_string());
+            ended.add(&number.to_string());
+        }
+        assert_eq!(
+            (ended.names.len(), ended.order.len()),
+            (RECORDS_MAX, RECORDS_MAX)
+        );
+        assert!(!ended.take("0"), "the oldest are forgotten");
+        let last = (3 * RECORDS_MAX - 1).to_string();
+        assert!(ended.take(&last) && !ended.take(&last));
     }
 
     #[test]
@@ -314,7 +357,7 @@ mod tests {
         between.at(1000.0, Ok(vec![]));
         assert_eq!(between.at(1001.0, over()), None);
         assert!(between.is_explained(1000.2, 1000.5));
-        assert_eq!(between.agents.ended_here.len(), 1);
+        assert_eq!(between.agents.ended_here.names.len(), 1);
         let mut away = told();
         away.at(1000.0, Ok(vec![]));
         let why = away.at(1030.0, Err("gone".to_owned()));

@@ -187,11 +187,6 @@ impl Session {
         Ok(path)
     }
 
-    /// Forgets announcements on the network.
-    pub fn deafen(&mut self) {
-        self.seen.retain(|seen| seen.reading != Reading::Announced);
-    }
-
     /// Number of a target.
     #[must_use]
     pub fn target(&self, name: &str) -> Option<usize> {

@@ -3,10 +3,10 @@
 use palanquin_watch::baseline::Baseline;
 use palanquin_watch::calibrate::{ONSET_SLACK_S, Recorded};
 use palanquin_watch::{
-    Calibration, Class, Finding, LATENESS_US, Level, Observation, Role, Watcher,
+    Calibration, Class, Finding, LATENESS_US, Level, Observation, Reading, Role, Watcher,
 };
 
-use crate::corpus::{Event, Session};
+use crate::corpus::{Event, Seen, Session};
 
 /// What is told so long before an event is of something else.
 const BEFORE_S: f64 = 1.0;
@@ -69,10 +69,11 @@ fn told_s(finding: &Finding) -> f64 {
     finding.time_s + LATENESS_US as f64 / 1e6
 }
 
-/// All that the detector finds in a session, the earliest first.
+/// All that the detector finds in a session, the earliest first; with an ear for announcements or without.
 #[must_use]
-pub fn findings(session: &Session, calibration: &Calibration) -> Vec<Finding> {
+pub fn findings(session: &Session, calibration: &Calibration, hears: bool) -> Vec<Finding> {
     let mut watcher = Watcher::new(calibration.clone());
+    watcher.listen(hears);
     let targets: Vec<_> = session
         .labels
         .targets
@@ -81,7 +82,8 @@ pub fn findings(session: &Session, calibration: &Calibration) -> Vec<Finding> {
         .collect();
     let mut stalls = session.labels.stalls_s.iter().peekable();
     let mut findings = Vec::new();
-    for seen in &session.seen {
+    let heard = |seen: &&Seen| hears || seen.reading != Reading::Announced;
+    for seen in session.seen.iter().filter(heard) {
         let at_s = seen.sent_us as f64 / 1e6;
         while let Some((from_s, until_s)) = stalls.next_if(|(_, until_s)| *until_s <= at_s) {
             watcher.stalled((from_s * 1e6) as u64, (until_s * 1e6) as u64);
@@ -117,12 +119,12 @@ fn old_alarms(session: &Session) -> Vec<(usize, f64)> {
     alarms
 }
 
-/// Judges a session.
+/// Judges a session, with an ear for announcements or without.
 #[must_use]
-pub fn judge(number: usize, session: &Session, calibration: &Calibration) -> Verdicts {
+pub fn judge(number: usize, session: &Session, calibration: &Calibration, hears: bool) -> Verdicts {
     let labels = &session.labels;
     let mut verdicts = Verdicts::default();
-    let found = findings(session, calibration);
+    let found = findings(session, calibration, hears);
     let old = old_alarms(session);
     for (at, event) in labels.events.iter().enumerate() {
         if event.spoilt.is_some() {
@@ -282,8 +284,7 @@ fn false_alarm(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::corpus::{Seen, sample};
-    use palanquin_watch::Reading;
+    use crate::corpus::sample;
 
     fn event(class: Class, from_s: f64, until_s: f64) -> Event {
         Event {
@@ -346,7 +347,7 @@ mod tests {
             labels,
             seen: seen.collect(),
         };
-        let verdicts = judge(0, &session, &Calibration::built_in());
+        let verdicts = judge(0, &session, &Calibration::built_in(), true);
         assert!(verdicts.false_alarms.is_empty() && verdicts.old_false_alarms.is_empty());
         assert!((verdicts.unmoved_s - 140.0).abs() < 1e-9);
     }

@@ -11,9 +11,9 @@ use palanquin_lab::wait;
 use palanquin_trials::corpus::{self, Part, Session};
 use palanquin_trials::judge::recorded;
 use palanquin_trials::record::{Wish, name, record};
-use palanquin_trials::report::report;
+use palanquin_trials::report::{cross_validated, report};
 use palanquin_watch::Calibration;
-use palanquin_watch::calibrate::{Effort, calibrate, source};
+use palanquin_watch::calibrate::{Effort, Recorded, Synthetic, source};
 
 /// Labelled trials of the detector on real migrations
 #[derive(Parser)]
@@ -29,6 +29,8 @@ enum Task {
     Record(RecordOptions),
     /// Make the built-in calibration anew, from synthetic traces and the sessions that are for it; then build again
     Calibrate(CalibrateOptions),
+    /// Say what the detector makes of each session for calibration, calibrated with the others: to tune by
+    CrossValidate(CrossOptions),
     /// Say what the detector makes of recorded sessions
     Report(ReportOptions),
     /// List sessions and events
@@ -81,6 +83,22 @@ struct CalibrateOptions {
 }
 
 #[derive(Args)]
+struct CrossOptions {
+    /// Directory with sessions
+    #[arg(long, default_value = "trials/corpus")]
+    dir: PathBuf,
+    /// Synthetic quiet VM-days for each step
+    #[arg(long, default_value_t = 20)]
+    vm_days: u64,
+    /// Synthetic trials of each class for each step
+    #[arg(long, default_value_t = 100)]
+    trials: u64,
+    /// As if nobody listened for announcements on the guests' network
+    #[arg(long)]
+    deaf: bool,
+}
+
+#[derive(Args)]
 struct ReportOptions {
     /// Directory with sessions
     #[arg(long, default_value = "trials/corpus")]
@@ -120,11 +138,9 @@ fn run(task: Task) -> Result<()> {
             record_all(&options)
         }
         Task::Calibrate(options) => make_calibration(&options),
+        Task::CrossValidate(options) => cross_validate(&options),
         Task::Report(options) => {
-            let mut sessions = read(&options.dir)?;
-            if options.deaf {
-                sessions.iter_mut().for_each(Session::deafen);
-            }
+            let sessions = read(&options.dir)?;
             let part = if options.calibration {
                 Part::Calibration
             } else {
@@ -134,7 +150,13 @@ fn run(task: Task) -> Result<()> {
                 Some(file) => load(file)?,
                 None => Calibration::built_in(),
             };
-            let report = report(&sessions, part, &calibration, options.quiet_days);
+            let report = report(
+                &sessions,
+                part,
+                &calibration,
+                !options.deaf,
+                options.quiet_days,
+            );
             if options.json {
                 println!("{}", serde_json::to_string_pretty(&report)?);
             } else {
@@ -211,9 +233,8 @@ fn make_calibration(options: &CalibrateOptions) -> Result<()> {
         seed: CALIBRATION_SEED,
     };
     let began = Instant::now();
-    let made = calibrate(&effort, &sessions, |what| {
-        eprintln!("{:4} s {what}", began.elapsed().as_secs());
-    });
+    let tell = |what: &str| eprintln!("{:4} s {what}", began.elapsed().as_secs());
+    let made = Synthetic::new(effort, tell).calibrate(&sessions, tell);
     if let Some(file) = &options.json {
         std::fs::write(file, serde_json::to_string_pretty(&made)?)?;
     }
@@ -221,6 +242,26 @@ fn make_calibration(options: &CalibrateOptions) -> Result<()> {
     std::fs::write(&options.out, text)
         .with_context(|| format!("can't write {}", options.out.display()))?;
     println!("wrote {}", options.out.display());
+    Ok(())
+}
+
+fn cross_validate(options: &CrossOptions) -> Result<()> {
+    let sessions = read(&options.dir)?;
+    let effort = Effort {
+        vm_days: options.vm_days,
+        trials: options.trials,
+        seed: CALIBRATION_SEED,
+    };
+    let began = Instant::now();
+    let tell = |what: &str| eprintln!("{:4} s {what}", began.elapsed().as_secs());
+    let synthetic = Synthetic::new(effort, tell);
+    let own = |of: &&Session| of.labels.part == Part::Calibration;
+    let report = cross_validated(&sessions, !options.deaf, |left_out| {
+        let others = sessions.iter().filter(own).filter(|of| *of != left_out);
+        let others: Vec<Recorded> = others.map(recorded).collect();
+        synthetic.calibrate(&others, tell)
+    });
+    print!("{}", report.to_markdown());
     Ok(())
 }
 

@@ -53,6 +53,8 @@ pub struct Report {
     pub warned: (usize, usize),
     /// The same of all migrations.
     pub warned_of_all: (usize, usize),
+    /// Migrations that were alarms or warnings, early or late.
+    pub told: usize,
     /// Warnings where nothing was about to be moved.
     pub false_warnings: usize,
     /// Mean square of what probabilities were off.
@@ -80,6 +82,8 @@ pub struct Row {
     pub alarms: usize,
     /// Events with an alarm of 2013.
     pub old_alarms: usize,
+    /// Events with an alarm or a warning.
+    pub told: usize,
     /// What they were told to be last.
     pub named: BTreeMap<String, usize>,
 }
@@ -87,46 +91,59 @@ pub struct Row {
 /// Rates of false alarms in a VM-day that are reported.
 pub const RATES: [f64; 3] = [0.01, 0.1, 1.0];
 
-/// Counts what becomes of sessions of a part. `quiet_days` synthetic quiet VM-days say which score has which rate; with
+/// Counts what becomes of sessions of a part, with an ear for announcements or without. `quiet_days` synthetic quiet VM-days say which score has which rate; with
 /// none, only the calibration's own score of an alarm is reported.
 #[must_use]
 pub fn report(
     sessions: &[Session],
     part: Part,
     calibration: &Calibration,
+    hears: bool,
     quiet_days: u64,
 ) -> Report {
-    let sessions: Vec<&Session> = sessions
-        .iter()
-        .filter(|session| session.labels.part == part)
-        .collect();
+    let sessions = of_part(sessions, part);
     let judged = |calibration: &Calibration| -> Vec<Verdicts> {
         sessions
             .iter()
             .enumerate()
-            .map(|(number, session)| judge(number, session, calibration))
+            .map(|(number, session)| judge(number, session, calibration, hears))
             .collect()
     };
     let verdicts = judged(calibration);
-    let mut recalls = vec![recall(f64::NAN, calibration.alarm_score, &verdicts)];
+    let built_in_score = calibration.alarm_score(hears);
+    let mut recalls = vec![recall(f64::NAN, built_in_score, &verdicts)];
     if quiet_days > 0 {
-        let scores = alarm_scores(quiet_days, &RATES, calibration);
+        let scores = alarm_scores(quiet_days, &RATES, calibration, hears);
         for (rate, score) in RATES.into_iter().zip(scores) {
             let mut other = calibration.clone();
-            other.alarm_score = score;
+            other.set_alarm_score(hears, score);
             recalls.push(recall(rate, score, &judged(&other)));
         }
     }
-    let spoilt = sessions
-        .iter()
-        .flat_map(|session| &session.labels.events)
-        .filter(|event| event.spoilt.is_some())
-        .count();
-    let names: Vec<&str> = sessions
-        .iter()
-        .map(|session| session.labels.session.as_str())
-        .collect();
-    count(&verdicts, &names, recalls, spoilt)
+    count(&verdicts, &sessions, recalls)
+}
+
+/// Counts what becomes of the sessions for calibration if each is judged by a calibration from all the others.
+#[must_use]
+pub fn cross_validated(
+    sessions: &[Session],
+    hears: bool,
+    calibration_without: impl Fn(&Session) -> Calibration,
+) -> Report {
+    let sessions = of_part(sessions, Part::Calibration);
+    let (mut verdicts, mut score) = (Vec::new(), 0.0);
+    for (number, session) in sessions.iter().enumerate() {
+        let calibration = calibration_without(session);
+        score += calibration.alarm_score(hears) / sessions.len() as f64;
+        verdicts.push(judge(number, session, &calibration, hears));
+    }
+    let recalls = vec![recall(f64::NAN, score, &verdicts)];
+    count(&verdicts, &sessions, recalls)
+}
+
+fn of_part(sessions: &[Session], part: Part) -> Vec<&Session> {
+    let all = sessions.iter();
+    all.filter(|session| session.labels.part == part).collect()
 }
 
 fn recall(rate: f64, score: f64, verdicts: &[Verdicts]) -> Recall {
@@ -144,7 +161,12 @@ fn is_moved(judged: &&Judged) -> bool {
     judged.event.class == Class::Migration
 }
 
-fn count(verdicts: &[Verdicts], names: &[&str], recalls: Vec<Recall>, spoilt: usize) -> Report {
+fn count(verdicts: &[Verdicts], sessions: &[&Session], recalls: Vec<Recall>) -> Report {
+    let spoilt = sessions
+        .iter()
+        .flat_map(|session| &session.labels.events)
+        .filter(|event| event.spoilt.is_some())
+        .count();
     let events: Vec<&Judged> = verdicts.iter().flat_map(|of| &of.events).collect();
     let migrations: Vec<&Judged> = events.iter().copied().filter(is_moved).collect();
     let ended = |judged: &Judged| {
@@ -185,6 +207,7 @@ fn count(verdicts: &[Verdicts], names: &[&str], recalls: Vec<Recall>, spoilt: us
         let row = row.or_default();
         row.events += 1;
         row.alarms += usize::from(judged.alarm_s.is_some());
+        row.told += usize::from(judged.warned_s.is_some());
         row.old_alarms += usize::from(judged.old_alarm_s.is_some());
         let name = judged.named.map_or("nothing", Class::name);
         *row.named.entry(name.to_owned()).or_default() += 1;
@@ -230,7 +253,7 @@ fn count(verdicts: &[Verdicts], names: &[&str], recalls: Vec<Recall>, spoilt: us
             });
             format!(
                 "{} at {:.0} s: {}, copied for {:.1} s, blackout {blackout} ms, told to be {}",
-                names[judged.session],
+                sessions[judged.session].labels.session,
                 event.from_s,
                 event.what,
                 begun(judged) - event.from_s,
@@ -251,6 +274,10 @@ fn count(verdicts: &[Verdicts], names: &[&str], recalls: Vec<Recall>, spoilt: us
         old_delays_s: delays(&|judged| judged.old_alarm_s),
         warned: warned(LONG_S),
         warned_of_all: warned(0.0),
+        told: migrations
+            .iter()
+            .filter(|judged| judged.warned_s.is_some())
+            .count(),
         false_warnings: verdicts.iter().map(|of| of.false_warnings.len()).sum(),
         brier,
         bins,
@@ -362,6 +389,11 @@ impl Report {
         )?;
         writeln!(
             text,
+            "| migrations that were alarms or warnings, early or late | {} | - |",
+            share(self.told, of)
+        )?;
+        writeln!(
+            text,
             "| warnings where nothing was to be moved | {} | - |",
             self.false_warnings
         )?;
@@ -378,14 +410,15 @@ impl Report {
         )?;
         writeln!(
             text,
-            "| happened | events | alarms | alarms of 2013 | told to be, last |\n|---|---|---|---|---|"
+            "| happened | events | alarms | alarms or warnings | alarms of 2013 | told to be, last |\n|---|---|---|---|---|---|"
         )?;
         for (name, row) in &self.confusion {
             writeln!(
                 text,
-                "| {name} | {} | {} | {} | {} |",
+                "| {name} | {} | {} | {} | {} | {} |",
                 row.events,
                 row.alarms,
+                row.told,
                 row.old_alarms,
                 list(&row.named)
             )?;
@@ -430,7 +463,7 @@ mod tests {
 
     #[test]
     fn a_report_of_nothing_is_written() {
-        let report = report(&[], Part::HeldOut, &Calibration::built_in(), 0);
+        let report = report(&[], Part::HeldOut, &Calibration::built_in(), true, 0);
         let text = report.to_markdown();
         assert!(
             text.contains("0 sessions") && text.contains("0 of 0 (0 to 100 %)"),

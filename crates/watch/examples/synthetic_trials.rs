@@ -1,5 +1,5 @@
 //! How the built-in calibration does on synthetic trials that it was not made from, beside the heuristics of 2013:
-//! `cargo run -p palanquin-watch --example synthetic_trials [TRIALS [VM_DAYS]]`. Says nothing about real migrations.
+//! `cargo run -p palanquin-watch --example synthetic_trials [TRIALS [VM_DAYS [deaf]]]`. Says nothing about real migrations.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -13,6 +13,7 @@ use palanquin_watch::{Calibration, Class, Level};
 const SEED: u64 = 700_000;
 
 fn main() {
+    let hears = std::env::args().nth(3).is_none_or(|text| text != "deaf");
     let mut arguments = std::env::args().skip(1).map_while(|text| text.parse().ok());
     let trials = arguments.next().unwrap_or(100_u64);
     let days = arguments.next().unwrap_or(20_u64);
@@ -23,7 +24,7 @@ fn main() {
     println!("|---|---|---|---|---|---|---|");
     for class in Class::ALL {
         let watched: Vec<Watched> = (0..trials)
-            .map(|at| watch(Trial::new(class, SEED + at), &calibration))
+            .map(|at| watch(Trial::new(class, SEED + at), &calibration, hears))
             .collect();
         let old = (0..trials)
             .filter(|at| old_alarm(Trial::new(class, SEED + at)))
@@ -37,7 +38,7 @@ fn main() {
     }
     let (mut warnings, mut alarms, mut old) = (0, 0, 0);
     for day in 0..days {
-        quiet_day(SEED + day, &calibration, |_, watcher, _| {
+        quiet_day(SEED + day, &calibration, hears, |_, watcher, _| {
             while let Some(finding) = watcher.poll() {
                 if finding.ended_s.is_none() {
                     warnings += u64::from(finding.level == Level::Warn);

@@ -17,7 +17,9 @@
 
 use std::fmt::Write as _;
 
-use crate::calibration::{CURVE_POINTS, Calibration, Curve, SYMBOLS_MAX, Table, Thresholds};
+use crate::calibration::{
+    CURVE_POINTS, Calibration, Curve, SYMBOLS_MAX, Table, Thresholds, Weights,
+};
 use crate::finding::{Channel, Class, Finding, Level, Stage};
 use crate::fusion::{self, Symbols, is_migration};
 use crate::observation::{Observation, Reading, Role};
@@ -51,77 +53,105 @@ pub struct Effort {
     pub seed: u64,
 }
 
-/// Makes a calibration; `tell` hears how far it is.
-pub fn calibrate(
-    effort: &Effort,
-    recorded: &[Recorded],
-    mut tell: impl FnMut(&str),
-) -> Calibration {
-    let mut calibration = Calibration::blank();
-    let [rise, silence, clock] = thresholds(effort);
-    (calibration.rise, calibration.silence, calibration.clock) = (rise, silence, clock);
-    calibration.quiet_vm_days = effort.vm_days as f64;
-    raise_warnings(effort, &mut calibration);
-    let rise = calibration.rise;
-    tell(&format!("thresholds: {rise:?} {silence:?} {clock:?}"));
-    let seeds = |part: u64| (0..effort.trials).map(move |at| effort.seed + (part << 32) + at);
-    let mut counts = [Counts::default(), Counts::default()];
-    for class in Class::ALL {
-        for seed in seeds(1) {
-            for snapshot in watch(Trial::new(class, seed), &calibration).snapshots {
-                counts[snapshot.stage as usize].add(class, &snapshot);
+/// What follows from synthetic traces alone: thresholds, and what channels said in trials.
+pub struct Synthetic {
+    effort: Effort,
+    thresholds: Calibration,
+    /// With an ear and without; for tables and for curves.
+    snapshots: [[Vec<(Class, Snapshot)>; 2]; 2],
+}
+
+impl Synthetic {
+    /// Watches synthetic traces; `tell` hears how far it is.
+    pub fn new(effort: Effort, mut tell: impl FnMut(&str)) -> Self {
+        let mut calibration = Calibration::blank();
+        let [rise, silence, clock] = thresholds(&effort);
+        (calibration.rise, calibration.silence, calibration.clock) = (rise, silence, clock);
+        calibration.quiet_vm_days = effort.vm_days as f64;
+        raise_warnings(&effort, &mut calibration);
+        let rise = calibration.rise;
+        tell(&format!("thresholds: {rise:?} {silence:?} {clock:?}"));
+        let mut of = Self {
+            effort,
+            thresholds: calibration,
+            snapshots: Default::default(),
+        };
+        for hears in [true, false] {
+            for (part, to) in (1..).zip(&mut of.snapshots[usize::from(!hears)]) {
+                for class in Class::ALL {
+                    for at in 0..effort.trials {
+                        let trial = Trial::new(class, effort.seed + (part << 32) + at);
+                        let watched = watch(trial, &of.thresholds, hears);
+                        to.extend(watched.snapshots.into_iter().map(|of| (class, of)));
+                    }
+                }
+                tell(&format!("trials for step {}", part + 1));
             }
         }
-        tell(&format!("tables: {}", class.name()));
+        of
     }
-    for (_, of) in events(recorded, &calibration, 0) {
-        for snapshot in &of.snapshots {
-            counts[snapshot.stage as usize].add(of.class, snapshot);
+
+    /// Makes a calibration from it and from recorded sessions.
+    pub fn calibrate(&self, recorded: &[Recorded], mut tell: impl FnMut(&str)) -> Calibration {
+        let mut calibration = self.thresholds.clone();
+        for hears in [true, false] {
+            let weights = self.learn(recorded, hears);
+            *calibration.weights_mut(hears) = weights;
+            let score = alarm_score(&self.effort, recorded, &calibration, hears);
+            calibration.weights_mut(hears).alarm_score = score;
+            let of = if hears { "with" } else { "without" };
+            tell(&format!("score of an alarm {of} an ear: {score}"));
         }
+        calibration
     }
-    calibration.early = counts[0].table();
-    calibration.full = counts[1].table();
-    let mut scores = [Vec::new(), Vec::new()];
-    let of_sessions: Vec<Snapshots> = events(recorded, &calibration, 1)
-        .map(|(_, of)| of)
-        .collect();
-    for class in Class::ALL {
-        let mut of_class = [Vec::new(), Vec::new()];
-        for of in of_sessions.iter().filter(|of| of.class == class) {
+
+    /// Makes the weights of one who hears announcements, or does not; any score is enough for an alarm.
+    fn learn(&self, recorded: &[Recorded], hears: bool) -> Weights {
+        let [tables, curves] = &self.snapshots[usize::from(!hears)];
+        let mut counts = [Counts::default(), Counts::default()];
+        for (class, snapshot) in tables {
+            counts[snapshot.stage as usize].add(*class, snapshot);
+        }
+        for of in events(recorded, &self.thresholds, hears, 0) {
             for snapshot in &of.snapshots {
-                let stage = snapshot.stage;
-                let score = fusion::weigh(&calibration, stage, &snapshot.symbols).score;
-                of_class[stage as usize].push((score, snapshot.weight));
+                counts[snapshot.stage as usize].add(of.class, snapshot);
             }
         }
-        for seed in seeds(2) {
-            for snapshot in watch(Trial::new(class, seed), &calibration).snapshots {
+        let mut weights = self.thresholds.weights(hears).clone();
+        weights.early = counts[0].table();
+        weights.full = counts[1].table();
+        let of_sessions: Vec<Snapshots> = events(recorded, &self.thresholds, hears, 1).collect();
+        let mut scores = [Vec::new(), Vec::new()];
+        for class in Class::ALL {
+            let mut of_class = [Vec::new(), Vec::new()];
+            let of_sessions = of_sessions.iter().filter(|of| of.class == class);
+            let of_trials = curves.iter().filter(|(of, _)| *of == class);
+            let all = of_sessions.flat_map(|of| &of.snapshots);
+            for snapshot in all.chain(of_trials.map(|(_, snapshot)| snapshot)) {
                 let stage = snapshot.stage;
-                let score = fusion::weigh(&calibration, stage, &snapshot.symbols).score;
+                let score = fusion::weigh(&weights, stage, &snapshot.symbols).score;
                 of_class[stage as usize].push((score, snapshot.weight));
             }
+            for (stage, of_class) in [Stage::Early, Stage::Full].into_iter().zip(of_class) {
+                let is_positive = is_migration(class, stage);
+                let kinds = Class::ALL
+                    .into_iter()
+                    .filter(|other| is_migration(*other, stage) == is_positive);
+                // Each class as frequent as others of its kind, both kinds as frequent as each other.
+                let total: f64 = of_class.iter().map(|(_, weight)| weight).sum();
+                let share = 1.0 / (total.max(1.0) * kinds.count() as f64);
+                let weighed = of_class
+                    .into_iter()
+                    .map(|(score, weight)| (score, weight * share, is_positive));
+                scores[stage as usize].extend(weighed);
+            }
         }
-        for (stage, of_class) in [Stage::Early, Stage::Full].into_iter().zip(of_class) {
-            let is_positive = is_migration(class, stage);
-            let kinds = Class::ALL
-                .into_iter()
-                .filter(|other| is_migration(*other, stage) == is_positive);
-            // Each class as frequent as others of its kind, both kinds as frequent as each other.
-            let total: f64 = of_class.iter().map(|(_, weight)| weight).sum();
-            let share = 1.0 / (total.max(1.0) * kinds.count() as f64);
-            let weighed = of_class
-                .into_iter()
-                .map(|(score, weight)| (score, weight * share, is_positive));
-            scores[stage as usize].extend(weighed);
-        }
-        tell(&format!("curves: {}", class.name()));
+        let [early, full] = scores;
+        weights.early_curve = curve(early);
+        weights.full_curve = curve(full);
+        weights.alarm_score = 0.0;
+        weights
     }
-    let [early, full] = scores;
-    calibration.early_curve = curve(early);
-    calibration.full_curve = curve(full);
-    calibration.alarm_score = alarm_score(effort, recorded, &calibration);
-    tell(&format!("score of an alarm: {}", calibration.alarm_score));
-    calibration
 }
 
 /// A session that was recorded, with what happened in it.
@@ -143,8 +173,9 @@ struct Snapshots {
 }
 
 impl Recorded {
-    fn watch(&self, calibration: &Calibration) -> Vec<Snapshots> {
+    fn watch(&self, calibration: &Calibration, hears: bool) -> Vec<Snapshots> {
         let mut watcher = Watcher::new(calibration.clone());
+        watcher.listen(hears);
         let ids: Vec<_> = self
             .targets
             .iter()
@@ -160,7 +191,8 @@ impl Recorded {
             })
             .collect();
         let mut next = 0;
-        for (target, sent_us, reading) in &self.seen {
+        let heard = |reading| hears || reading != Reading::Announced;
+        for (target, sent_us, reading) in self.seen.iter().filter(|seen| heard(seen.2)) {
             let _ = watcher.observe(Observation {
                 sent_us: *sent_us,
                 target: ids[*target],
@@ -205,14 +237,19 @@ impl Recorded {
     }
 }
 
-/// Every second of the recorded events, with its number: half of them is for tables, the other half for curves.
+/// Every second of the recorded events: half of them is for tables, the other half for curves.
 fn events<'a>(
     recorded: &'a [Recorded],
     calibration: &'a Calibration,
+    hears: bool,
     half: usize,
-) -> impl Iterator<Item = (usize, Snapshots)> + 'a {
-    let all = recorded.iter().flat_map(|of| of.watch(calibration));
-    all.enumerate().filter(move |(at, _)| at % 2 == half)
+) -> impl Iterator<Item = Snapshots> + 'a {
+    let all = recorded
+        .iter()
+        .flat_map(move |of| of.watch(calibration, hears));
+    all.enumerate()
+        .filter(move |(at, _)| at % 2 == half)
+        .map(|(_, of)| of)
 }
 
 /// What the channels said at a moment of a trial, which counts as one together with its others of that stage.
@@ -250,10 +287,11 @@ impl Watched {
     }
 }
 
-/// Watches a trial.
+/// Watches a trial, with an ear for announcements or without.
 #[must_use]
-pub fn watch(mut trial: Trial, calibration: &Calibration) -> Watched {
+pub fn watch(mut trial: Trial, calibration: &Calibration, hears: bool) -> Watched {
     let mut watcher = Watcher::new(calibration.clone());
+    watcher.listen(hears);
     let targets: Vec<_> = trial
         .targets
         .iter()
@@ -264,6 +302,9 @@ pub fn watch(mut trial: Trial, calibration: &Calibration) -> Watched {
     let (from_s, until_s) = (trial.from_s, trial.until_s);
     trial.run(
         |target, sent_us, reading| {
+            if reading == Reading::Announced && !hears {
+                return;
+            }
             let target = targets[target];
             // Nothing of a trial is refused.
             let _ = watcher.borrow_mut().observe(Observation {
@@ -318,13 +359,15 @@ fn share_out(snapshots: &mut [Snapshot]) {
     }
 }
 
-/// Watches a quiet VM-day; `after` sees the detector after every second.
+/// Watches a quiet VM-day, with an ear for announcements or without; `after` sees the detector after every second.
 pub fn quiet_day(
     seed: u64,
     calibration: &Calibration,
+    hears: bool,
     mut after: impl FnMut(u64, &mut Watcher, crate::TargetId),
 ) {
     let mut watcher = Watcher::new(calibration.clone());
+    watcher.listen(hears);
     let Ok(target) = watcher.add("vm", Role::Vm) else {
         return;
     };
@@ -353,6 +396,7 @@ fn thresholds(effort: &Effort) -> [Thresholds; 3] {
         quiet_day(
             effort.seed + (3 << 32) + day,
             &blank,
+            false,
             |second, watcher, target| {
                 if second.is_multiple_of(BLOCK_S) {
                     of_day.iter_mut().for_each(|of| of.push(0.0));
@@ -418,7 +462,7 @@ impl Counts {
     }
 
     fn table(&self) -> Table {
-        let mut table = Calibration::blank().full;
+        let mut table = Calibration::blank().hearing.full;
         for class in Class::ALL {
             for channel in Channel::ALL {
                 let known = self
@@ -508,6 +552,7 @@ fn raise_warnings(effort: &Effort, calibration: &mut Calibration) {
         quiet_day(
             effort.seed + (5 << 32) + day,
             calibration,
+            false,
             |_, watcher, _| {
                 while let Some(finding) = watcher.poll() {
                     if finding.level == Level::Warn {
@@ -534,8 +579,13 @@ fn raise_warnings(effort: &Effort, calibration: &mut Calibration) {
 /// The least scores with which synthetic quiet VM-days have that many alarms a day, one for each rate. Days are those of
 /// [`Effort::seed`] 0, which calibrating uses not.
 #[must_use]
-pub fn alarm_scores(vm_days: u64, rates: &[f64], calibration: &Calibration) -> Vec<f64> {
-    let scores = quiet_scores(vm_days, 6 << 32, calibration);
+pub fn alarm_scores(
+    vm_days: u64,
+    rates: &[f64],
+    calibration: &Calibration,
+    hears: bool,
+) -> Vec<f64> {
+    let scores = quiet_scores(vm_days, 6 << 32, calibration, hears);
     let at = |rate: &f64| {
         let allowed = (vm_days as f64 * rate) as usize;
         above(scores.get(allowed).copied().unwrap_or(0.0).max(0.0))
@@ -544,13 +594,13 @@ pub fn alarm_scores(vm_days: u64, rates: &[f64], calibration: &Calibration) -> V
 }
 
 /// Scores of all that would be alarms in quiet VM-days if any score were enough, the highest first.
-fn quiet_scores(vm_days: u64, seed: u64, calibration: &Calibration) -> Vec<f64> {
+fn quiet_scores(vm_days: u64, seed: u64, calibration: &Calibration, hears: bool) -> Vec<f64> {
     let mut calibration = calibration.clone();
-    calibration.alarm_score = 0.0;
+    calibration.weights_mut(hears).alarm_score = 0.0;
     let mut scores = Vec::new();
     for day in 0..vm_days {
         let mut of_day: Vec<(u64, f64)> = Vec::new();
-        quiet_day(seed + day, &calibration, |_, watcher, _| {
+        quiet_day(seed + day, &calibration, hears, |_, watcher, _| {
             while let Some(finding) = watcher.poll() {
                 if finding.level < Level::Alarm {
                     continue;
@@ -569,12 +619,16 @@ fn quiet_scores(vm_days: u64, seed: u64, calibration: &Calibration) -> Vec<f64> 
     scores
 }
 
-fn alarm_score(effort: &Effort, recorded: &[Recorded], calibration: &Calibration) -> f64 {
-    let scores = quiet_scores(effort.vm_days, effort.seed + (4 << 32), calibration);
+/// The least score of an alarm, by a calibration that takes any for one.
+fn alarm_score(
+    effort: &Effort,
+    recorded: &[Recorded],
+    calibration: &Calibration,
+    hears: bool,
+) -> f64 {
+    let scores = quiet_scores(effort.vm_days, effort.seed + (4 << 32), calibration, hears);
     let allowed = (effort.vm_days as f64 * 0.1) as usize;
     let mut score = scores.get(allowed).copied().unwrap_or(0.0).max(0.0);
-    let mut calibration = calibration.clone();
-    calibration.alarm_score = 0.0;
     let highest = |findings: &[Finding]| {
         let alarms = findings.iter().filter(|of| of.level >= Level::Alarm);
         alarms.map(|of| of.score).fold(0.0, f64::max)
@@ -582,7 +636,7 @@ fn alarm_score(effort: &Effort, recorded: &[Recorded], calibration: &Calibration
     let mut copies: Vec<f64> = (0..effort.trials)
         .map(|at| {
             let copied = Trial::new(Class::CopyTraffic, effort.seed + (2 << 32) + at);
-            highest(&watch(copied, &calibration).findings)
+            highest(&watch(copied, calibration, hears).findings)
         })
         .collect();
     copies.sort_by(|a, b| b.total_cmp(a));
@@ -590,7 +644,7 @@ fn alarm_score(effort: &Effort, recorded: &[Recorded], calibration: &Calibration
     score = score.max(copies.get(allowed).copied().unwrap_or(0.0));
     for of in recorded
         .iter()
-        .flat_map(|session| session.watch(&calibration))
+        .flat_map(|session| session.watch(calibration, hears))
     {
         if of.class == Class::CopyTraffic {
             score = score.max(highest(&of.findings));
@@ -605,7 +659,7 @@ pub fn source(made: &Calibration, effort: &Effort, sessions: usize) -> String {
     let mut text = format!(
         "//! Written by `cargo xtask trials calibrate` from synthetic traces, {} quiet VM-days for each step and {} trials of each\n\
          //! class for each step from seed {}, and from {sessions} recorded sessions.\n\n\
-         use super::{{Calibration, Thresholds}};\n\n\
+         use super::{{Calibration, Thresholds, Weights}};\n\n\
          #[rustfmt::skip]\n\
          pub(super) const BUILT_IN: Calibration = Calibration {{\n",
         effort.vm_days, effort.trials, effort.seed
@@ -617,24 +671,28 @@ pub fn source(made: &Calibration, effort: &Effort, sessions: usize) -> String {
     ] {
         let _ = writeln!(text, "    {name}: {of:?},");
     }
-    for (name, table) in [("early", &made.early), ("full", &made.full)] {
-        let _ = writeln!(text, "    {name}: [");
-        for class in table {
-            let _ = writeln!(text, "        [");
-            for channel in class {
-                let _ = writeln!(text, "            {channel:?},");
+    for (name, weights) in [("hearing", &made.hearing), ("deaf", &made.deaf)] {
+        let _ = writeln!(text, "    {name}: Weights {{");
+        for (name, table) in [("early", &weights.early), ("full", &weights.full)] {
+            let _ = writeln!(text, "        {name}: [");
+            for class in table {
+                let _ = writeln!(text, "            [");
+                for channel in class {
+                    let _ = writeln!(text, "                {channel:?},");
+                }
+                let _ = writeln!(text, "            ],");
             }
             let _ = writeln!(text, "        ],");
         }
-        let _ = writeln!(text, "    ],");
+        for (name, curve) in [
+            ("early_curve", weights.early_curve),
+            ("full_curve", weights.full_curve),
+        ] {
+            let _ = writeln!(text, "        {name}: {curve:?},");
+        }
+        let _ = writeln!(text, "        alarm_score: {:?},", weights.alarm_score);
+        let _ = writeln!(text, "    }},");
     }
-    for (name, curve) in [
-        ("early_curve", made.early_curve),
-        ("full_curve", made.full_curve),
-    ] {
-        let _ = writeln!(text, "    {name}: {curve:?},");
-    }
-    let _ = writeln!(text, "    alarm_score: {:?},", made.alarm_score);
     let _ = writeln!(text, "    quiet_vm_days: {:?},\n}};", made.quiet_vm_days);
     text
 }
@@ -659,12 +717,12 @@ mod tests {
                 .windows(2)
                 .all(|w| w[0].0 <= w[1].0 && w[0].1 <= w[1].1)
         );
-        let mut calibration = Calibration::blank();
-        calibration.full_curve = curve;
+        let mut weights = Calibration::blank().hearing;
+        weights.full_curve = curve;
         // Of two normal distributions two apart, the odds are exp(2 score).
         for score in [-1.0, 0.0, 0.7] {
             let expected = 1.0 / (1.0 + (-2.0_f64 * score).exp());
-            let share = calibration.probability(Stage::Full, score);
+            let share = weights.probability(Stage::Full, score);
             assert!(
                 (share - expected).abs() < 0.08,
                 "{score}: {share} {expected}"

@@ -3,7 +3,7 @@
 use crate::calibration::{Calibration, Thresholds};
 use crate::finding::{Channel, Class, Evidence, Finding, Level, Stage};
 use crate::fusion::{self, Symbols, Weighed};
-use crate::target::{Signals, Target};
+use crate::target::{Signals, Target, Wake};
 
 /// An episode is over when nothing was unusual for so long ...
 const CALM_S: u64 = 30;
@@ -33,6 +33,10 @@ const MEDIUM_US: u64 = 15_000_000;
 const SLIGHT_MS: f64 = 20.0;
 /// A clock may lag by so much more than the silence that was seen.
 const LAG_SLACK_MS: f64 = 20.0;
+/// A clock is read, and a probe sent, so rarely if nothing else is known of when it answered.
+const ROOM_MS: f64 = 1000.0;
+/// An answer that was late by so much, and by no more than the clock lags, may have waited where it stood still.
+const KEPT_MS: f64 = 30.0;
 /// So many announcements are no chance: QEMU sends five at least, and a guest that hears of it as many of its own.
 const ANNOUNCED_OFTEN: u32 = 3;
 /// Runs of losses within half a minute that make them scattered.
@@ -49,6 +53,8 @@ pub(crate) struct Surroundings {
     pub(crate) hosts: Option<Vec<usize>>,
     /// Share of the other VMs that are disturbed; nothing if too few are watched.
     pub(crate) company: Option<f64>,
+    /// Whether announcements can be heard.
+    pub(crate) hears: bool,
 }
 
 /// One episode of one VM.
@@ -73,12 +79,14 @@ pub(crate) struct Episode {
     late_ms: f64,
     held: bool,
     scattered: usize,
-    step: Option<(f64, f64)>,
+    /// By how much its clock has jumped, how clearly, and how it answered then.
+    step: Option<(f64, f64, Option<Wake>)>,
     has_clock: bool,
     path: i16,
     announcements: u32,
     hosts: Option<Vec<usize>>,
     company: Option<f64>,
+    hears: bool,
     told: Option<(Level, Class)>,
 }
 
@@ -159,6 +167,7 @@ impl Episode {
             announcements: 0,
             hosts: None,
             company: None,
+            hears: false,
             told: None,
         }
     }
@@ -173,6 +182,7 @@ impl Episode {
         calibration: &Calibration,
     ) -> Turn {
         let signals = &target.signals;
+        self.hears = around.hears;
         self.take(second, signals, around, calibration);
         let quiet_s = second.saturating_sub(self.unusual);
         let clock_is_known = !self.has_clock
@@ -214,7 +224,7 @@ impl Episode {
         }
     }
 
-    /// What the channels have seen.
+    /// What the channels have seen; without an ear, that nobody announced itself says nothing.
     pub(crate) fn symbols(&self, calibration: &Calibration) -> Symbols {
         let mut symbols = Symbols::default();
         let mut set = |channel: Channel, symbol: u8| symbols[channel as usize] = Some(symbol);
@@ -259,32 +269,45 @@ impl Episode {
             },
         );
         set(Channel::Scatter, u8::from(self.scattered >= SCATTERED));
-        if let Some((ms, _)) = self.step {
-            let longest_ms = (self.silence_us as f64 / 1e3).max(self.late_ms).max(1000.0);
+        let step = self
+            .step
+            .filter(|(ms, _, wake)| wake.is_none_or(|wake| ms.abs() > wake.noise_ms));
+        if let Some((ms, _, wake)) = step {
+            let room_ms = wake.map_or(ROOM_MS, |wake| wake.room_us as f64 / 1e3);
+            let longest_ms = (self.silence_us as f64 / 1e3).max(room_ms);
+            let waking = wake.map(|wake| waking(&wake, -ms));
+            let was_still = self.surprise >= calibration.silence.weak || waking == Some(2);
             set(
                 Channel::Clock,
                 if ms > 0.0 {
                     3
                 } else if -ms < SLIGHT_MS {
                     4
-                } else if -ms <= longest_ms + LAG_SLACK_MS {
+                } else if -ms > longest_ms + LAG_SLACK_MS {
+                    2
+                } else if was_still {
                     1
                 } else {
-                    2
+                    5
                 },
             );
+            if let Some(waking) = waking {
+                set(Channel::Wake, waking);
+            }
         } else if self.has_clock {
             set(Channel::Clock, 0);
         }
         set(Channel::Path, u8::from(self.path != 0));
-        set(
-            Channel::Announcement,
-            match self.announcements {
-                0 => 0,
-                1..ANNOUNCED_OFTEN => 1,
-                _ => 2,
-            },
-        );
+        if self.hears {
+            set(
+                Channel::Announcement,
+                match self.announcements {
+                    0 => 0,
+                    1..ANNOUNCED_OFTEN => 1,
+                    _ => 2,
+                },
+            );
+        }
         if let Some(hosts) = &self.hosts {
             set(Channel::Hosts, hosts.len().min(2) as u8);
         }
@@ -303,7 +326,7 @@ impl Episode {
     fn has_step(signals: &Signals, calibration: &Calibration) -> bool {
         signals
             .step
-            .is_some_and(|step| step.statistic >= calibration.clock.clear)
+            .is_some_and(|step| step.statistic >= calibration.clock.clear && step.is_settled())
     }
 
     fn take(
@@ -343,9 +366,9 @@ impl Episode {
         if let Some(step) = signals.step.filter(|_| has_step)
             && self
                 .step
-                .is_none_or(|(_, statistic)| step.statistic > statistic)
+                .is_none_or(|(_, statistic, _)| step.statistic > statistic)
         {
-            self.step = Some((step.ms, step.statistic));
+            self.step = Some((step.ms, step.statistic, signals.wake));
         }
         // Whoever announces itself has come from somewhere.
         let is_announced = signals.announcements > 0;
@@ -408,7 +431,7 @@ impl Episode {
     ) -> Turn {
         let stage = if is_over { Stage::Full } else { self.stage() };
         let symbols = self.symbols(calibration);
-        let weighed = fusion::weigh(calibration, stage, &symbols);
+        let weighed = fusion::weigh(calibration.weights(self.hears), stage, &symbols);
         let level = self.level(stage, &weighed, calibration);
         // What was told is taken back only if something else is the better explanation, not for a little less of score.
         let is_still = weighed.class == Class::Migration && weighed.likelihood >= 0.5;
@@ -470,16 +493,20 @@ impl Episode {
                 }
             }
             Stage::Full => {
-                let is_migration = self.broke.is_some()
-                    && weighed.likelihood >= 0.5
-                    && weighed.score >= calibration.alarm_score;
-                if !is_migration {
+                if self.broke.is_none() || weighed.likelihood < 0.5 {
                     return Level::Note;
+                }
+                let is_migration = (self.hears || weighed.class == Class::Migration)
+                    && weighed.score >= calibration.weights(self.hears).alarm_score;
+                if !is_migration {
+                    // Who can't hear whether a VM announces itself can't tell a migration from a pause, or a clock that was
+                    // set, while nobody asked. He says at least that it may have been one.
+                    return if self.hears { Level::Note } else { Level::Warn };
                 }
                 // What follows from the same packets is one voice.
                 let voices = [
                     &[Channel::Rise, Channel::Order][..],
-                    &[Channel::Silence, Channel::Late],
+                    &[Channel::Silence, Channel::Late, Channel::Wake],
                     &[Channel::Clock],
                     &[Channel::Path],
                     &[Channel::Announcement],
@@ -507,7 +534,11 @@ impl Episode {
             Channel::Silence => self.silence_us as f64 / 1e3,
             Channel::Late => self.late_ms,
             Channel::Scatter => self.scattered as f64,
-            Channel::Clock => self.step.map_or(0.0, |(ms, _)| ms),
+            Channel::Clock => self.step.map_or(0.0, |(ms, ..)| ms),
+            Channel::Wake => self
+                .step
+                .and_then(|(.., wake)| wake)
+                .map_or(0.0, |wake| wake.slowest_ms),
             Channel::Path => f64::from(self.path),
             Channel::Announcement => f64::from(self.announcements),
             Channel::Hosts => self.hosts.as_ref().map_or(0, Vec::len) as f64,
@@ -525,6 +556,17 @@ impl Episode {
                 })
             })
             .collect()
+    }
+}
+
+/// How it answered when its clock had jumped to lag by so much.
+fn waking(wake: &Wake, lag_ms: f64) -> u8 {
+    if !wake.is_slow {
+        0
+    } else if (KEPT_MS..=lag_ms + LAG_SLACK_MS).contains(&wake.slowest_ms) {
+        2
+    } else {
+        1
     }
 }
 

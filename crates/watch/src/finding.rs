@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 pub enum Level {
     /// Something happened, and it is not taken for a migration.
     Note,
-    /// It may be about to be moved: round trips have grown as they do while memory is copied.
+    /// It may be about to be moved: round trips have grown as they do while memory is copied. Or, where announcements can't be
+    /// heard: it may have been moved, and something else explains it as well.
     Warn,
     /// It was probably moved: it was silent, or its clock stood still.
     Alarm,
@@ -116,11 +117,13 @@ pub enum Channel {
     Hosts,
     /// Other VMs that were disturbed at the same time; the value is their share.
     Company,
+    /// How it answered when its clock had jumped; the value is the longest round trip then, in milliseconds.
+    Wake,
 }
 
 impl Channel {
     /// Every channel, in the order of the tables.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Rise,
         Self::Order,
         Self::Silence,
@@ -131,6 +134,7 @@ impl Channel {
         Self::Announcement,
         Self::Hosts,
         Self::Company,
+        Self::Wake,
     ];
 
     /// What can be seen in it, in the order of the tables.
@@ -156,11 +160,15 @@ impl Channel {
                 "lag-longer-than-silence",
                 "forward",
                 "slight-lag",
+                // Nothing was lost or late: it may have stood still between two probes, or its clock was set.
+                "lag-between-probes",
             ],
             Self::Path => &["same", "changed"],
             Self::Announcement => &["none", "seen", "repeated"],
             Self::Hosts => &["none", "one", "several"],
             Self::Company => &["alone", "with-others"],
+            // Kept back is what may have waited where it stood still; who runs elsewhere for the first time is slow.
+            Self::Wake => &["as-usual", "slow", "kept-back"],
         }
     }
 }

@@ -4,7 +4,7 @@
 //! are taken for independent given the class, which they are not quite, so the resulting score is mapped to a probability
 //! by a curve that was fitted on other traces.
 
-use crate::calibration::{Calibration, Table};
+use crate::calibration::{Table, Weights};
 use crate::finding::{Channel, Class, Stage};
 
 /// What each channel saw; nothing if it could not have seen anything.
@@ -29,8 +29,8 @@ pub fn is_migration(class: Class, stage: Stage) -> bool {
 }
 
 /// Weighs symbols at a stage of an episode.
-pub(crate) fn weigh(calibration: &Calibration, stage: Stage, symbols: &Symbols) -> Weighed {
-    let table = calibration.table(stage);
+pub(crate) fn weigh(weights: &Weights, stage: Stage, symbols: &Symbols) -> Weighed {
+    let table = weights.table(stage);
     let logs = Class::ALL.map(|class| {
         let row = &table[class.index()];
         let known = row.iter().zip(symbols);
@@ -58,7 +58,7 @@ pub(crate) fn weigh(calibration: &Calibration, stage: Stage, symbols: &Symbols) 
         class: best,
         share: 1.0 / total,
         score,
-        likelihood: calibration.probability(stage, score),
+        likelihood: weights.probability(stage, score),
         ratios,
     }
 }
@@ -91,23 +91,24 @@ fn mean_of(stage: Stage, migrations: bool, log: impl Fn(Class) -> f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::calibration::Calibration;
 
     /// Where only the first channel means anything.
-    fn calibration() -> Calibration {
-        let mut calibration = Calibration::blank();
+    fn weights() -> Weights {
+        let mut weights = Calibration::blank().hearing;
         for class in Class::ALL {
             let p: f64 = if class == Class::Migration { 0.8 } else { 0.1 };
-            calibration.full[class.index()][0][1] = p.ln();
-            calibration.full[class.index()][0][0] = (1.0 - p).ln();
+            weights.full[class.index()][0][1] = p.ln();
+            weights.full[class.index()][0][0] = (1.0 - p).ln();
         }
-        calibration
+        weights
     }
 
     #[test]
     fn a_ratio_is_that_of_the_probabilities() {
         let mut symbols = Symbols::default();
         symbols[0] = Some(1);
-        let weighed = weigh(&calibration(), Stage::Full, &symbols);
+        let weighed = weigh(&weights(), Stage::Full, &symbols);
         assert_eq!(weighed.class, Class::Migration);
         assert!((weighed.score - 8.0_f64.ln()).abs() < 1e-9);
         assert!((weighed.ratios[0] - 8.0_f64.ln()).abs() < 1e-9);
@@ -116,7 +117,7 @@ mod tests {
 
     #[test]
     fn what_no_channel_could_see_weighs_nothing() {
-        let weighed = weigh(&calibration(), Stage::Full, &Symbols::default());
+        let weighed = weigh(&weights(), Stage::Full, &Symbols::default());
         assert!(weighed.score.abs() < 1e-9);
         assert!(weighed.ratios.iter().all(|ratio| ratio.abs() < 1e-9));
     }

@@ -40,7 +40,7 @@ pub mod synthetic;
 pub mod taxonomy;
 pub mod trace;
 
-pub use calibration::{Calibration, CalibrationError};
+pub use calibration::{Calibration, CalibrationError, Weights};
 pub use finding::{Channel, Class, Evidence, Finding, Level, Stage};
 pub use fusion::{Symbols, is_migration};
 pub use join::{

@@ -1,5 +1,7 @@
 //! One target: its readings, second by second, become signals.
 
+use std::collections::VecDeque;
+
 use crate::calibration::Calibration;
 use crate::feature::change::Change;
 use crate::feature::clock::{Clock, Step};
@@ -21,6 +23,27 @@ const ICMP_ERROR_MS: f64 = 0.6;
 const PATH_SETTLED: u32 = 3;
 /// A clock that was not read for so long is not watched.
 const CLOCK_STALE_US: u64 = 200_000_000;
+/// Answers that are remembered: as many as come while a clock is read six times.
+const ANSWERS_MAX: usize = 512;
+/// A probe that was sent so long after a clock was read may have met what that met.
+const MEETS_US: u64 = 50_000;
+/// An answer is slow if in this share of usual seconds none takes longer ...
+const SLOW_SHARE: f64 = 0.9;
+/// ... and it took that much longer than usual.
+const SLOW_MS: f64 = 4.0;
+
+/// How a target answered while its clock jumped.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Wake {
+    /// For at most so long it may have stood still then: between two probes that it answered, none answered in between.
+    pub(crate) room_us: u64,
+    /// Longest round trip of those sent since its clock was as before.
+    pub(crate) slowest_ms: f64,
+    /// Whether that is more than usual.
+    pub(crate) is_slow: bool,
+    /// Nine of ten answers since then were not later than usual by more. As much may a clock seem to be off.
+    pub(crate) noise_ms: f64,
+}
 
 /// What a second has shown of one target.
 #[derive(Clone, Debug, Default)]
@@ -40,6 +63,8 @@ pub(crate) struct Signals {
     pub(crate) held: bool,
     pub(crate) scattered: usize,
     pub(crate) step: Option<Step>,
+    /// How it answered when its clock jumped, if that is known.
+    pub(crate) wake: Option<Wake>,
     pub(crate) has_clock: bool,
     /// By how many hops the way back has changed.
     pub(crate) path: Option<i16>,
@@ -58,6 +83,8 @@ pub(crate) struct Target {
     icmp: Clock,
     /// The answered probe before: when it was sent, and its round trip.
     previous: Option<(u64, f64)>,
+    /// Answered probes, the latest last: when each was sent and when its answer came.
+    answers: VecDeque<(u64, u64)>,
     usual_hops: Option<u8>,
     other_hops: Option<(u8, u32)>,
     rtts: Vec<f64>,
@@ -76,6 +103,7 @@ impl Target {
             ntp: Clock::new(NTP_ERROR_MS),
             icmp: Clock::new(ICMP_ERROR_MS),
             previous: None,
+            answers: VecDeque::new(),
             usual_hops: None,
             other_hops: None,
             rtts: Vec::new(),
@@ -101,6 +129,8 @@ impl Target {
         self.pending
             .retain(|(sent_us, _)| !(from_us..until_us).contains(sent_us));
         self.losses.interrupted();
+        // What was not asked for is no silence.
+        self.answers.clear();
     }
 
     /// Judges a second, of which everything has arrived. While `frozen`, what is seen is not taken for usual.
@@ -142,6 +172,11 @@ impl Target {
                     self.rtts.push(ms);
                     signals.held |= self.is_held(sent_us, ms);
                     self.previous = Some((sent_us, ms));
+                    if self.answers.len() == ANSWERS_MAX {
+                        self.answers.pop_front();
+                    }
+                    self.answers
+                        .push_back((sent_us, sent_us + (ms * 1e3) as u64));
                     if ms > latest.1 {
                         latest = (sent_us, ms);
                     }
@@ -170,6 +205,11 @@ impl Target {
         signals.rise_onset = self.change.onset();
         signals.is_high = self.change.is_high();
         signals.scattered = self.losses.scattered(end_us);
+        if let Some(step) = signals.step
+            && step.statistic >= calibration.clock.weak
+        {
+            signals.wake = self.wake(&step, end_us);
+        }
         let stale_us = end_us.saturating_sub(CLOCK_STALE_US);
         signals.has_clock = [&self.ntp, &self.icmp]
             .iter()
@@ -199,6 +239,7 @@ impl Target {
         self.losses.interrupted();
         self.ntp.interrupted();
         self.icmp.interrupted();
+        self.answers.clear();
         self.signals = Signals::default();
     }
 
@@ -212,6 +253,42 @@ impl Target {
         // The later one has waited for less long, by as much as it was sent later.
         let is_together = (before_ms - ms - apart_ms).abs() < apart_ms / 8.0;
         apart_us >= HELD_APART_US && ms > apart_ms / 4.0 && is_together
+    }
+
+    /// How it answered when its clock jumped, as far as known at `end_us`.
+    fn wake(&self, step: &Step, end_us: u64) -> Option<Wake> {
+        let until_us = step.seen_us + MEETS_US;
+        let mut wake = Wake::default();
+        let mut count = 0;
+        // Behind the last one there may be silence, too.
+        let open = [(end_us, end_us)];
+        let behind = self.answers.iter().copied().skip(1).chain(open);
+        for (before, (sent_us, came_us)) in self.answers.iter().zip(behind) {
+            if came_us <= step.after_us || before.0 > until_us {
+                continue;
+            }
+            count += 1;
+            wake.room_us = wake.room_us.max(came_us.saturating_sub(before.0));
+            if sent_us > step.after_us && sent_us <= until_us {
+                let ms = came_us.saturating_sub(sent_us) as f64 / 1e3;
+                wake.slowest_ms = wake.slowest_ms.max(ms);
+            }
+        }
+        if count == 0 {
+            return None;
+        }
+        let median = self.ranks.median()?;
+        let high = self.ranks.quantile(SLOW_SHARE)?;
+        wake.is_slow = wake.slowest_ms > high.max(median + SLOW_MS);
+        let since = self.answers.iter().filter(|of| of.0 > until_us);
+        let mut since: Vec<f64> = since
+            .map(|(sent_us, came_us)| came_us.saturating_sub(*sent_us) as f64 / 1e3 - median)
+            .collect();
+        if !since.is_empty() {
+            let at = since.len() * 9 / 10;
+            wake.noise_ms = *since.select_nth_unstable_by(at, f64::total_cmp).1;
+        }
+        Some(wake)
     }
 
     fn usual_ms(&self) -> Option<f64> {
@@ -266,6 +343,32 @@ mod tests {
         assert_eq!(target.pending(), 1);
         target.second(1, false, &calibration);
         assert_eq!(target.signals.run.unwrap().0.first_us, 1_500_000);
+    }
+
+    #[test]
+    fn a_vm_can_have_stood_still_only_where_it_did_not_answer() {
+        let mut target = Target::new("a".to_owned(), Role::Vm);
+        for at in 0..100_u64 {
+            target.add(at * 500_000, Reading::Rtt { ms: 1.0 });
+        }
+        target.add(50_000_000, Reading::Rtt { ms: 40.0 });
+        target.add(50_500_000, Reading::Rtt { ms: 2.0 });
+        for second in 0..51 {
+            target.second(second, false, &Calibration::blank());
+        }
+        let step = Step {
+            seen_us: 50_200_000,
+            after_us: 49_200_000,
+            ms: -300.0,
+            statistic: 30.0,
+            count: 3,
+        };
+        let wake = target.wake(&step, 51_000_000).unwrap();
+        assert_eq!((wake.room_us, wake.is_slow), (540_000, true));
+        assert!((wake.slowest_ms - 40.0).abs() < 1e-9 && wake.noise_ms < 1.5);
+        // Of what was stalled nothing is known.
+        target.discard(0, 60_000_000);
+        assert_eq!(target.wake(&step, 51_000_000), None);
     }
 
     #[test]

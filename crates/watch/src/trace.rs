@@ -9,7 +9,9 @@
 //!
 //! Times are when probes were sent, in seconds since any moment. Kinds are `rtt_ms`, `lost` (value empty or 1),
 //! `offset_ms` (NTP; the target's clock less the watcher's), and besides `icmp_offset_ms`, `ntp_held_ms`, `ttl` and
-//! `announced`. The line with the columns' names may be missing; empty lines and those that begin with `#` say nothing.
+//! `announced`. The line with the columns' names may be missing; empty lines and those that begin with `#` say nothing, but
+//! for `# announcements are heard` and `# announcements are not heard`: without the former, or any announcement before, that
+//! there are none is taken for nothing.
 
 use thiserror::Error;
 
@@ -21,6 +23,11 @@ use crate::watcher::{TargetError, Watcher};
 pub const LINE_MAX: usize = 1024;
 /// The columns.
 pub const HEADER: &str = "time_s,target,kind,value";
+
+/// How a trace says that somebody listens for announcements from here on.
+const HEARS: &str = "# announcements are heard";
+/// How it says that nobody does.
+const DEAF: &str = "# announcements are not heard";
 
 /// What is wrong with a line.
 #[derive(Clone, Debug, PartialEq, Error)]
@@ -155,6 +162,12 @@ pub fn line(entry: &Entry<'_>) -> String {
     format!("{s}.{us:06},{},{kind},{value}", entry.target)
 }
 
+/// The line that says whether somebody listens for announcements from here on.
+#[must_use]
+pub fn ear(hears: bool) -> &'static str {
+    if hears { HEARS } else { DEAF }
+}
+
 /// Gives the lines of a trace to a watcher. Targets are VMs, but for those named as hosts.
 pub struct Replay {
     /// The detector.
@@ -194,6 +207,11 @@ impl Replay {
 
     fn take(&mut self, line: &[u8]) -> Result<(), LineError> {
         let Some(entry) = parse(line)? else {
+            match line.trim_ascii() {
+                line if line == HEARS.as_bytes() => self.watcher.listen(true),
+                line if line == DEAF.as_bytes() => self.watcher.listen(false),
+                _ => {}
+            }
             return Ok(());
         };
         let target = match self.watcher.target(entry.target) {
@@ -281,6 +299,19 @@ mod tests {
         );
         assert!(replay.line(b"100,\x07,lost,").is_err());
         assert_eq!(replay.observations, 1);
+    }
+
+    #[test]
+    fn a_trace_says_whether_anybody_listened_for_announcements() {
+        let mut replay = Replay::new(Calibration::built_in(), Vec::new());
+        let mut hears = |line: &str| {
+            replay.line(line.as_bytes()).unwrap();
+            replay.watcher.hears()
+        };
+        assert!(!hears("100,web,rtt_ms,1") && !hears("# announcements"));
+        assert!(hears(ear(true)) && hears("101,web,rtt_ms,1"));
+        assert!(!hears(ear(false)));
+        assert!(hears("102,web,announced,1"));
     }
 
     proptest! {

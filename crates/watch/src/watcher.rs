@@ -8,7 +8,7 @@ use crate::calibration::Calibration;
 use crate::episode::{Episode, Surroundings, Turn};
 use crate::finding::{Finding, Stage};
 use crate::fusion::Symbols;
-use crate::observation::{Observation, ObservationError, Role, TIME_US_MAX, TargetId};
+use crate::observation::{Observation, ObservationError, Reading, Role, TIME_US_MAX, TargetId};
 use crate::target::Target;
 
 /// Most targets of one watcher.
@@ -70,6 +70,7 @@ pub struct Watcher {
     next: Option<u64>,
     newest_us: u64,
     silent_s: u64,
+    hears: bool,
     findings: VecDeque<Finding>,
     dropped: u64,
 }
@@ -86,6 +87,7 @@ impl Watcher {
             next: None,
             newest_us: 0,
             silent_s: 0,
+            hears: false,
             findings: VecDeque::new(),
             dropped: 0,
         }
@@ -113,6 +115,18 @@ impl Watcher {
             episode: None,
         });
         Ok(id)
+    }
+
+    /// Says whether somebody listens for announcements where VMs would make them. If nobody does, which is taken for so
+    /// until it is said or one is heard, that there are none says nothing.
+    pub fn listen(&mut self, hears: bool) {
+        self.hears = hears;
+    }
+
+    /// Whether announcements can be heard.
+    #[must_use]
+    pub fn hears(&self) -> bool {
+        self.hears
     }
 
     /// The target of that name.
@@ -154,6 +168,8 @@ impl Watcher {
             // Others may have been sent before this one.
             self.next = Some(second.saturating_sub(LATENESS_US / 1_000_000));
         }
+        // Who hears one could hear others.
+        self.hears |= reading == Reading::Announced;
         self.targets[target.0].add(sent_us, reading);
         self.advance(sent_us)
     }
@@ -340,7 +356,10 @@ impl Watcher {
     }
 
     fn surroundings(&self, at: usize, disturbed: &[bool]) -> Surroundings {
-        let mut around = Surroundings::default();
+        let mut around = Surroundings {
+            hears: self.hears,
+            ..Surroundings::default()
+        };
         let (mut others, mut others_disturbed) = (0, 0);
         for (other, target) in self.targets.iter().enumerate() {
             match target.role {

@@ -17,8 +17,10 @@ fn nervous() -> Calibration {
     ] {
         (of.weak, of.clear, of.strong) = (0.5, 1.0, 2.0);
     }
-    calibration.alarm_score = -100.0;
-    calibration.full_curve = [(0.0, 0.9); 10];
+    for weights in [&mut calibration.hearing, &mut calibration.deaf] {
+        weights.alarm_score = -100.0;
+        weights.full_curve = [(0.0, 0.9); 10];
+    }
     calibration
 }
 
@@ -78,8 +80,10 @@ proptest! {
     fn whatever_is_observed_is_judged_or_refused(
         steps in prop::collection::vec((step(), 0..4_usize, reading()), 1..1500),
         stall in any::<bool>(),
+        hears in any::<bool>(),
     ) {
         let mut watcher = Watcher::new(nervous());
+        watcher.listen(hears);
         let targets: Vec<_> = (0..4)
             .map(|number| {
                 let role = if number == 3 { Role::Host } else { Role::Vm };
@@ -292,11 +296,12 @@ fn what_breaks_again_after_a_while_is_another_episode() {
 #[test]
 fn many_channels_that_each_say_little_make_no_alarm() {
     let mut calibration = Calibration::built_in();
-    calibration.alarm_score = -100.0;
-    calibration.full_curve = [(0.0, 0.9); 10];
+    calibration.hearing.alarm_score = -100.0;
+    calibration.hearing.full_curve = [(0.0, 0.9); 10];
     // Nothing means more in a migration than otherwise.
-    calibration.full = [[[0.1; 6]; 10]; 10];
+    calibration.hearing.full = [[[0.1; 6]; 11]; 10];
     let mut watcher = Watcher::new(calibration);
+    watcher.listen(true);
     let target = watcher.add("vm", Role::Vm).unwrap();
     for at in 0..1800 {
         let reading = if (1400..1410).contains(&at) {
@@ -315,4 +320,107 @@ fn many_channels_that_each_say_little_make_no_alarm() {
     while let Some(finding) = watcher.poll() {
         assert!(finding.level < Level::Alarm, "{finding:?}");
     }
+}
+
+/// A VM with a clock, of which every answer in this time is lost or comes at its end, and that lags by as much from then on.
+fn stopped(for_ms: u64, are_kept: bool, lag_ms: f64, hears: bool) -> Vec<Finding> {
+    let mut watcher = Watcher::new(Calibration::built_in());
+    watcher.listen(hears);
+    let target = watcher.add("vm", Role::Vm).expect("a good name");
+    let mut chance = palanquin_watch::synthetic::Chance::new(5);
+    let (from_us, until_us) = (700_100_000, 700_100_000 + for_ms * 1000);
+    let mut at_us = 0;
+    while at_us < 900_000_000 {
+        let mut see = |sent_us, reading| {
+            let observation = Observation {
+                sent_us,
+                target,
+                reading,
+            };
+            watcher.observe(observation).expect("what may be seen");
+        };
+        let waits_us = until_us - at_us.clamp(from_us, until_us);
+        let waits_us = if at_us < from_us { 0 } else { waits_us };
+        let mut ms = 1.0 + 0.2 * chance.waiting();
+        let is_lost = waits_us > 0 && (!are_kept || waits_us > 900_000);
+        if are_kept {
+            ms += waits_us as f64 / 1e3;
+        }
+        see(
+            at_us,
+            if is_lost {
+                Reading::Lost
+            } else {
+                Reading::Rtt { ms }
+            },
+        );
+        let lags_ms = if at_us < until_us { 0.0 } else { -lag_ms };
+        if waits_us == 0 && at_us % 1_000_000 == 0 {
+            let ms = (lags_ms + 0.5 * chance.share()).floor();
+            see(at_us, Reading::IcmpOffset { ms });
+        }
+        at_us += 500_000;
+    }
+    watcher.finish();
+    std::iter::from_fn(|| watcher.poll()).collect()
+}
+
+fn seen(finding: &Finding, channel: palanquin_watch::Channel) -> Option<&'static str> {
+    let mut all = finding.evidence.iter();
+    all.find(|of| of.channel == channel).map(|of| of.seen)
+}
+
+#[test]
+fn a_vm_that_stood_still_and_kept_what_it_was_asked_was_paused() {
+    for hears in [true, false] {
+        let findings = stopped(780, true, 780.0, hears);
+        let last = findings.last().unwrap();
+        assert_eq!(last.class, palanquin_watch::Class::Pause, "{last:?}");
+        assert!(last.level < Level::Alarm, "{last:?}");
+        let clock = seen(last, palanquin_watch::Channel::Clock);
+        assert_eq!(clock, Some("lag-fits-silence"));
+        let wake = seen(last, palanquin_watch::Channel::Wake);
+        assert_eq!(wake, Some("kept-back"));
+    }
+}
+
+#[test]
+fn a_clock_that_lags_by_more_than_it_could_have_stood_still_was_set() {
+    for hears in [true, false] {
+        let findings = stopped(0, false, 900.0, hears);
+        let last = findings.last().unwrap();
+        assert_eq!(last.class, palanquin_watch::Class::ClockStep, "{last:?}");
+        let clock = seen(last, palanquin_watch::Channel::Clock);
+        assert_eq!(clock, Some("lag-longer-than-silence"));
+    }
+}
+
+#[test]
+fn without_an_ear_nobody_says_that_nothing_was_announced() {
+    let announcement = palanquin_watch::Channel::Announcement;
+    let (with, without) = (
+        stopped(780, false, 780.0, true),
+        stopped(780, false, 780.0, false),
+    );
+    assert!(!with.is_empty() && !without.is_empty());
+    assert!(with.iter().all(|of| seen(of, announcement) == Some("none")));
+    assert!(without.iter().all(|of| seen(of, announcement).is_none()));
+    let likelihood = |of: &[Finding]| of.last().unwrap().likelihood;
+    assert!(likelihood(&without) > likelihood(&with));
+}
+
+#[test]
+fn who_has_heard_one_announcement_could_hear_others() {
+    let mut watcher = Watcher::new(Calibration::built_in());
+    let target = watcher.add("vm", Role::Vm).unwrap();
+    assert!(!watcher.hears());
+    let observation = |sent_us| Observation {
+        sent_us,
+        target,
+        reading: Reading::Announced,
+    };
+    watcher.observe(observation(1_000_000)).unwrap();
+    assert!(watcher.hears());
+    watcher.listen(false);
+    assert!(!watcher.hears());
 }

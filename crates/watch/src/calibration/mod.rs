@@ -37,16 +37,10 @@ pub struct Thresholds {
     pub strong: f64,
 }
 
-/// All that was learnt.
+/// How what was seen is weighed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Calibration {
-    /// Of growing round trips.
-    pub rise: Thresholds,
-    /// Of runs of lost probes.
-    pub silence: Thresholds,
-    /// Of jumping clocks.
-    pub clock: Thresholds,
+pub struct Weights {
     /// What is probable in [`Stage::Early`].
     pub early: Table,
     /// What is probable in [`Stage::Full`].
@@ -57,6 +51,22 @@ pub struct Calibration {
     pub full_curve: Curve,
     /// Least score of an alarm.
     pub alarm_score: f64,
+}
+
+/// All that was learnt.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Calibration {
+    /// Of growing round trips.
+    pub rise: Thresholds,
+    /// Of runs of lost probes.
+    pub silence: Thresholds,
+    /// Of jumping clocks.
+    pub clock: Thresholds,
+    /// Where somebody listens for announcements: that there are none says something.
+    pub hearing: Weights,
+    /// Where nobody does.
+    pub deaf: Weights,
     /// VM-days of quiet traces that thresholds are from.
     pub quiet_vm_days: f64,
 }
@@ -98,15 +108,19 @@ impl Calibration {
         for (at, point) in curve.iter_mut().enumerate() {
             point.0 = at as f64;
         }
-        Self {
-            rise: never,
-            silence: never,
-            clock: never,
+        let weights = Weights {
             early: table,
             full: table,
             early_curve: curve,
             full_curve: curve,
             alarm_score: f64::MAX,
+        };
+        Self {
+            rise: never,
+            silence: never,
+            clock: never,
+            hearing: weights.clone(),
+            deaf: weights,
             quiet_vm_days: 0.0,
         }
     }
@@ -127,6 +141,40 @@ impl Calibration {
                 return Err(CalibrationError::Thresholds);
             }
         }
+        if !self.quiet_vm_days.is_finite() {
+            return Err(CalibrationError::NotFinite);
+        }
+        self.hearing.check()?;
+        self.deaf.check()
+    }
+
+    /// What is weighed with, by whether announcements can be heard.
+    pub(crate) fn weights(&self, hears: bool) -> &Weights {
+        if hears { &self.hearing } else { &self.deaf }
+    }
+
+    /// Least score of an alarm, where announcements can be heard or not.
+    #[must_use]
+    pub fn alarm_score(&self, hears: bool) -> f64 {
+        self.weights(hears).alarm_score
+    }
+
+    /// Sets the least score of an alarm: fewer false ones for fewer true ones.
+    pub fn set_alarm_score(&mut self, hears: bool, score: f64) {
+        self.weights_mut(hears).alarm_score = score;
+    }
+
+    pub(crate) fn weights_mut(&mut self, hears: bool) -> &mut Weights {
+        if hears {
+            &mut self.hearing
+        } else {
+            &mut self.deaf
+        }
+    }
+}
+
+impl Weights {
+    fn check(&self) -> Result<(), CalibrationError> {
         for value in [&self.early, &self.full]
             .into_iter()
             .flatten()
@@ -148,7 +196,7 @@ impl Calibration {
                 return Err(CalibrationError::Curve);
             }
         }
-        if !self.alarm_score.is_finite() || !self.quiet_vm_days.is_finite() {
+        if !self.alarm_score.is_finite() {
             return Err(CalibrationError::NotFinite);
         }
         Ok(())
@@ -205,28 +253,31 @@ mod tests {
             broken(|c| c.rise.clear = c.rise.strong + 1.0),
             CalibrationError::Thresholds
         );
-        assert_eq!(broken(|c| c.full[1][2][3] = 0.5), CalibrationError::Table);
         assert_eq!(
-            broken(|c| c.early_curve[3].1 = 1.5),
+            broken(|c| c.deaf.full[1][2][3] = 0.5),
+            CalibrationError::Table
+        );
+        assert_eq!(
+            broken(|c| c.hearing.early_curve[3].1 = 1.5),
             CalibrationError::Curve
         );
         assert_eq!(
-            broken(|c| c.full_curve[9].0 = -1e9),
+            broken(|c| c.deaf.full_curve[9].0 = -1e9),
             CalibrationError::Curve
         );
         assert_eq!(
-            broken(|c| c.alarm_score = f64::INFINITY),
+            broken(|c| c.hearing.alarm_score = f64::INFINITY),
             CalibrationError::NotFinite
         );
     }
 
     #[test]
     fn probabilities_follow_the_curve_and_never_leave_it() {
-        let mut calibration = Calibration::blank();
-        for (at, point) in calibration.full_curve.iter_mut().enumerate() {
+        let mut weights = Calibration::blank().deaf;
+        for (at, point) in weights.full_curve.iter_mut().enumerate() {
             *point = (at as f64, at as f64 / 10.0);
         }
-        let at = |score| calibration.probability(Stage::Full, score);
+        let at = |score| weights.probability(Stage::Full, score);
         assert!((at(2.5) - 0.25).abs() < 1e-9);
         assert!((at(-1e300) - 0.0).abs() < 1e-9 && (at(1e300) - 0.9).abs() < 1e-9);
         assert!(at(f64::NAN).is_finite());

@@ -12,6 +12,8 @@ const BEFORE_MAX: usize = 32;
 const BEFORE_MIN: usize = 8;
 /// Offsets that may be after the jump.
 const AFTER_MAX: usize = 6;
+/// That many are no chance.
+const AGREED: usize = 3;
 /// That many show where the clock is now: what was before is forgotten.
 const SETTLED: usize = 4;
 /// Fastest drift that is believed, as a share: guests slew by at most 83,333 ppm, but not for long.
@@ -30,6 +32,15 @@ pub(crate) struct Step {
     pub(crate) ms: f64,
     /// Logarithm of the likelihood ratio.
     pub(crate) statistic: f64,
+    /// Readings that saw it.
+    pub(crate) count: usize,
+}
+
+impl Step {
+    /// Whether enough readings agree on it: one or two may have been held up on their way, and be off by half of that.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.count >= AGREED
+    }
 }
 
 /// The clock of one target, read in one way.
@@ -108,6 +119,7 @@ impl Clock {
                     after_us: self.points[at - 1].0,
                     ms,
                     statistic,
+                    count: after,
                 };
                 (step, after)
             })

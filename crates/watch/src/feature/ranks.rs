@@ -68,13 +68,18 @@ impl Ranks {
 
     /// The middle of the earlier values.
     pub(crate) fn median(&self) -> Option<f64> {
+        self.quantile(0.5)
+    }
+
+    /// The earlier value that this share of them lies below.
+    pub(crate) fn quantile(&self, share: f64) -> Option<f64> {
         if self.window.len() < WINDOW_MIN {
             return None;
         }
         let mut values: Vec<f64> = self.window.iter().copied().collect();
-        let middle = values.len() / 2;
-        let (_, median, _) = values.select_nth_unstable_by(middle, f64::total_cmp);
-        Some(*median)
+        let at = ((values.len() as f64 * share) as usize).min(values.len() - 1);
+        let (_, value, _) = values.select_nth_unstable_by(at, f64::total_cmp);
+        Some(*value)
     }
 
     /// Forgets everything: what was usual is not any more.

@@ -102,6 +102,8 @@ struct BaselineAlarm {
 struct Provenance {
     traces: &'static str,
     quiet_vm_days: f64,
+    /// Whether announcements could be heard in the end: probabilities are others without.
+    hears: bool,
 }
 
 /// Does what was typed.
@@ -145,6 +147,7 @@ fn replay(arguments: &ReplayArgs, json: bool) -> Result<(), Failure> {
             calibration: Provenance {
                 traces: "mostly synthetic",
                 quiet_vm_days,
+                hears: false,
             },
         },
         baselines: BTreeMap::new(),
@@ -280,6 +283,7 @@ impl Run {
         self.advance(f64::INFINITY);
         let mut report = self.report;
         report.observations = self.replay.observations;
+        report.calibration.hears = self.replay.watcher.hears();
         report.findings_dropped += self.replay.watcher.dropped();
         report.targets = self
             .names

@@ -74,6 +74,8 @@ pub(crate) async fn run(arguments: &RunArgs, json: bool) -> Result<(), Failure> 
         json,
         is_silent: arguments.tui,
     };
+    let hears = live.prober.hears();
+    live.detector.watcher.listen(hears);
     live.begin()?;
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -177,9 +179,11 @@ impl Live {
                 })
             }
             Event::Deaf { why } => {
+                self.detector.watcher.listen(false);
                 self.problem(&format!("announcements are not heard any more: {why}"))
             }
             Event::Hears => {
+                self.detector.watcher.listen(true);
                 let text = "announcements are heard again";
                 let value = || json!({"event": "news", "text": text});
                 self.tell(self.now_s(), None, Mood::Calm, text, value)

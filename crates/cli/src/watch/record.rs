@@ -57,6 +57,8 @@ pub(crate) async fn record(arguments: &RecordArgs, json: bool) -> Result<(), Fai
         .map_err(cannot)?;
     let mut out = Trace::new(BufWriter::new(file), &config);
     writeln!(out.to, "{}", trace::HEADER).map_err(cannot)?;
+    writeln!(out.to, "{}", trace::ear(prober.hears())).map_err(cannot)?;
+    detector.watcher.listen(prober.hears());
     let began = Instant::now();
     let end = arguments.duration.map(|duration| began + duration.get());
     let far = began + Duration::from_secs(86_400 * 365);
@@ -82,9 +84,15 @@ pub(crate) async fn record(arguments: &RecordArgs, json: bool) -> Result<(), Fai
                     }
                 }
                 Some(Event::Deaf { why }) => {
+                    detector.watcher.listen(false);
+                    writeln!(out.to, "{}", trace::ear(false)).map_err(cannot)?;
                     note(&format!("warning: announcements are not heard any more: {why}"));
                 }
-                Some(Event::Hears) => note("announcements are heard again"),
+                Some(Event::Hears) => {
+                    detector.watcher.listen(true);
+                    writeln!(out.to, "{}", trace::ear(true)).map_err(cannot)?;
+                    note("announcements are heard again");
+                }
                 None => {
                     is_whole = false;
                     break;

@@ -389,6 +389,7 @@ pub struct Prober {
     clock: Clock,
     counters: Arc<[Counters]>,
     without: Vec<ProbeError>,
+    hears: bool,
     commands: mpsc::Sender<Command>,
     wake: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
@@ -438,6 +439,7 @@ impl Prober {
                 Err(error) => return Err(error),
             }
         }
+        let hears = ear.is_some();
         let clock = Clock::start();
         let counters: Arc<[Counters]> = spec.targets.iter().map(|_| Counters::default()).collect();
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
@@ -453,6 +455,7 @@ impl Prober {
             clock,
             counters,
             without,
+            hears,
             commands,
             wake,
             thread: Some(thread),
@@ -469,6 +472,12 @@ impl Prober {
     #[must_use]
     pub fn without(&self) -> &[ProbeError] {
         &self.without
+    }
+
+    /// Whether it began to listen for announcements; [`Event::Deaf`] and [`Event::Hears`] say how that goes on.
+    #[must_use]
+    pub fn hears(&self) -> bool {
+        self.hears
     }
 
     /// Asks for more probes of a target for some seconds; asked for again, it lasts longer. [`News`] says whether it was

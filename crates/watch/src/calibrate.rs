@@ -12,6 +12,8 @@
 //!    is copied; the score is raised until at most one alarm in ten VM-days is left, one of a hundred synthetic copies, and
 //!    none of a recorded copy.
 //!
+//! Steps 2 to 4 are done twice: for who hears announcements, and, from the same traces without them, for who does not.
+//!
 //! Quiet days are synthetic. Trials are synthetic and, where there are any, recorded sessions, of which each event counts as
 //! ten trials: half of the events for step 2, the other half for step 3, and all of them for step 4.
 

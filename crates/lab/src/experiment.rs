@@ -59,7 +59,11 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 0)]
     dirty_mib_s: u64,
     /// File of the results; a run that was interrupted goes on where it was
-    #[arg(long, value_name = "FILE", default_value = "target/lab/experiment.jsonl")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "target/lab/experiment.jsonl"
+    )]
     results: PathBuf,
     /// Forget what the file holds
     #[arg(long)]

@@ -5,6 +5,7 @@
 //! removed by [`rig::clean`] and by the next rig that is made.
 #![forbid(unsafe_code)]
 
+pub mod attack;
 pub mod chart;
 pub mod control;
 pub mod fail_point;

@@ -1,6 +1,7 @@
-//! `palanquin-lab`: the demo, the experiment and its report, and the removal of what a killed run left behind.
+//! `palanquin-lab`: the demo, the experiment, the attacks, their report, and the removal of what a killed run left behind.
 #![forbid(unsafe_code)]
 
+mod attacks;
 mod demo;
 mod experiment;
 mod report;
@@ -25,6 +26,8 @@ enum Task {
     Demo(demo::Options),
     /// Open a letter in a guest, move it there and back over every transport, and look for the letter on the wire
     Experiment(experiment::Options),
+    /// Try every attack on every transport
+    Attack(attacks::Options),
     /// Write the report of what the experiment and the attacks have found
     Report(report::Options),
     /// Remove what killed runs left behind
@@ -57,6 +60,7 @@ fn run(task: Task) -> Result<()> {
         Task::Demo(options) => demo::run(&options),
         Task::Report(options) => report::run(&options),
         Task::Experiment(options) => experiment::run(&options, &command()),
+        Task::Attack(options) => attacks::run(&options, &command()),
         Task::CleanRig => {
             let removed = rig::clean()?;
             for name in &removed {

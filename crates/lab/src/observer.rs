@@ -127,7 +127,7 @@ impl Capture {
 }
 
 /// Counts the places at which one of the patterns begins.
-fn count(from: impl Read, patterns: &[&[u8]]) -> Result<u64> {
+pub(crate) fn count(from: impl Read, patterns: &[&[u8]]) -> Result<u64> {
     const CHUNK: usize = 1 << 20;
     let longest = patterns
         .iter()

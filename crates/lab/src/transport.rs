@@ -96,7 +96,8 @@ pub const BOOT: Duration = Duration::from_secs(180);
 const CANCEL: Duration = Duration::from_secs(60);
 /// A guest that arrived goes on within this time.
 const REVIVE: Duration = Duration::from_secs(30);
-const PORT: u16 = 4444;
+/// Port at which a destination listens for TCP.
+pub const PORT: u16 = 4444;
 
 /// What a guest is started for.
 #[derive(Clone, Copy, Debug)]

@@ -14,8 +14,10 @@ use anyhow::{Context, Result, bail};
 
 /// A server starts and a client connects within this time, also on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);
-const SERVER: &str = "/usr/sbin/sshd";
-const PORT: &str = "2222";
+/// The server's program.
+pub const SERVER: &str = "/usr/sbin/sshd";
+/// Port at which the server listens.
+pub const PORT: u16 = 2222;
 
 /// A server at the destination and a client at the source; both are killed when it is dropped.
 #[derive(Debug)]
@@ -99,8 +101,12 @@ impl Tunnel {
     }
 }
 
-/// Starts the server and waits until it listens.
-fn serve(destination: &Host, dir: &Path) -> Result<Kept> {
+/// Starts the server with the keys that [`Tunnel::open`] has put into `dir`, and waits until it listens.
+///
+/// # Errors
+///
+/// If it does not.
+pub fn serve(destination: &Host, dir: &Path) -> Result<Kept> {
     let shown = |name: &str| dir.join(name).display().to_string();
     // The rig's directory belongs to root alone, but lies below one that everybody may write: hence no StrictModes.
     let text = format!(
@@ -130,8 +136,12 @@ fn serve(destination: &Host, dir: &Path) -> Result<Kept> {
     Ok(server)
 }
 
-/// Starts the client and waits until it forwards.
-fn connect(
+/// Starts the client, which forwards the socket `near` to the socket `far` of the destination, and waits until it does.
+///
+/// # Errors
+///
+/// If it does not.
+pub fn connect(
     source: &Host,
     address: &str,
     (near, far): (&Path, &Path),
@@ -141,7 +151,8 @@ fn connect(
     let log = dir.join("ssh.log");
     let shown = |name: &str| dir.join(name).display().to_string();
     let mut command = source.namespace.command("ssh");
-    command.args(["-F", "none", "-N", "-p", PORT, "-l", "root", "-e", "none"]);
+    command.args(["-F", "none", "-N", "-p", &PORT.to_string()]);
+    command.args(["-l", "root", "-e", "none"]);
     command.arg("-i").arg(shown("user-key"));
     for option in [
         "BatchMode=yes".to_owned(),

@@ -1,0 +1,35 @@
+//! Attacks that win where nothing defends, and do not against Palanquin: a few of those of `palanquin-lab attack`.
+#![forbid(unsafe_code)]
+
+use anyhow::{Context, Result, ensure};
+use palanquin_lab::attack::{self, ATTACKS, PALANQUIN, WAYS};
+use palanquin_lab::results::Verdict;
+
+/// Whoever wins where nothing defends knows how to attack.
+fn wins_only_where_nothing_defends(name: &str, against_palanquin: Verdict) -> Result<()> {
+    let attack = ATTACKS.iter().find(|attack| attack.name == name);
+    let attack = attack.context("no such attack")?;
+    for (transport, verdict) in [("qemu", Verdict::Succeeded), (PALANQUIN, against_palanquin)] {
+        let way = WAYS.iter().find(|way| way.name == transport);
+        let cell = attack::play(attack, way.context("no such transport")?)?;
+        println!("{cell:?}");
+        ensure!(cell.verdict == verdict, "{cell:?}");
+        ensure!(!cell.evidence.is_empty());
+    }
+    Ok(())
+}
+
+#[test]
+fn who_reads_along_finds_the_sentence_in_the_clear_alone() -> Result<()> {
+    wins_only_where_nothing_defends("capture", Verdict::FailedUnnoticed)
+}
+
+#[test]
+fn who_changes_memory_on_the_path_is_found_out() -> Result<()> {
+    wins_only_where_nothing_defends("alter", Verdict::FailedDetected)
+}
+
+#[test]
+fn a_migration_that_is_sent_again_starts_nothing() -> Result<()> {
+    wins_only_where_nothing_defends("replay", Verdict::FailedDetected)
+}

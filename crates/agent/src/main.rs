@@ -1,6 +1,7 @@
 //! `palanquind`: the agent of a host.
 #![forbid(unsafe_code)]
 
+use std::alloc::System;
 use std::fs;
 use std::net::TcpListener;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -29,6 +30,12 @@ use palanquin_host::vm::Hypervisor;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
+use zeroizing_alloc::ZeroAlloc;
+
+/// Overwrites what is freed: pages of guests and keys pass through buffers, and none of them is to stay in the memory of
+/// a host that a VM has left.
+#[global_allocator]
+static ALLOCATOR: ZeroAlloc<System> = ZeroAlloc(System);
 
 /// User as whom the network process runs, where there is one.
 const NETWORK_USER: &str = "palanquin-net";

@@ -218,6 +218,9 @@ impl Network {
             .args(log_json.then_some("--log-json"))
             .env_clear()
             .envs(std::env::vars_os().filter(|(name, _)| name == "PALANQUIN_LOG"))
+            // What is freed by libraries in C is overwritten (mallopt(3), `M_PERTURB`), as our own allocator does it: pages
+            // of guests pass through buffers, and none of them is to stay.
+            .env("MALLOC_PERTURB_", "165")
             .current_dir("/")
             // Signals of a terminal are for the agent.
             .process_group(0)

@@ -94,6 +94,9 @@ pub enum Error {
         /// The limit.
         limit_bytes: u64,
     },
+    /// A container holds something before anything was sent: the name of the region.
+    #[error("region {0:?} of the container is not empty")]
+    NotEmpty(String),
     /// What a hypervisor runs can't be found out.
     #[error("what the hypervisor runs cannot be measured: {0}")]
     Measure(String),

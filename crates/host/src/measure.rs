@@ -333,7 +333,7 @@ pub fn empty(ram: &dyn GuestRam) -> Result<Empty, Error> {
     };
     for (index, region) in ram.regions().iter().enumerate() {
         if !ram.data_extents(index)?.is_empty() {
-            return Err(Error::Ram(format!("region {:?} is not empty", region.name)));
+            return Err(Error::NotEmpty(region.name.clone()));
         }
         all.bytes = all.bytes.saturating_add(region.size_bytes);
     }

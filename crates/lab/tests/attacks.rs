@@ -33,3 +33,13 @@ fn who_changes_memory_on_the_path_is_found_out() -> Result<()> {
 fn a_migration_that_is_sent_again_starts_nothing() -> Result<()> {
     wins_only_where_nothing_defends("replay", Verdict::FailedDetected)
 }
+
+#[test]
+fn nothing_of_the_vm_stays_in_the_memory_of_what_moved_it() -> Result<()> {
+    wins_only_where_nothing_defends("remanence", Verdict::FailedUnnoticed)
+}
+
+#[test]
+fn memory_that_holds_something_already_is_refused() -> Result<()> {
+    wins_only_where_nothing_defends("dirty-destination", Verdict::FailedDetected)
+}

@@ -253,14 +253,16 @@ impl Work {
             vm.prepare_to_miss()
                 .map_err(|error| failure("container", &error))?;
         }
+        // Also where nobody asks for evidence: pages that are zero at the source are not sent, so that what lay here
+        // before would stay in the VM.
+        let empty =
+            measure::empty(ram.as_ref()).map_err(|error| failure("container-not-empty", &error))?;
         let shows = self.agent.gate.shows_something();
-        let empty = shows.then(|| measure::empty(ram.as_ref())).transpose();
-        let empty = empty.map_err(|error| failure("container-not-empty", &error))?;
         Ok(Ok(Container {
             vm,
             ram,
             post_copy,
-            empty,
+            empty: shows.then_some(empty),
         }))
     }
 

@@ -1,6 +1,6 @@
 //! Palanquin between two hosts of the rig.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use palanquin_api::control::{ApiError, MigrationInfo};
@@ -12,9 +12,6 @@ use palanquin_lab::usage::{Inhabitants, Watch, sent_bytes, wait_quiet, warm_up};
 use crate::measure::Sample;
 use crate::peers::{Case, GUEST};
 use crate::workload::VM;
-
-/// How long a VM may take to be found after a migration.
-const SETTLE: Duration = Duration::from_secs(60);
 
 /// What came of one try.
 pub(crate) enum Tried {
@@ -123,7 +120,7 @@ pub(crate) fn measure(rig: &Rig, case: &Case, path: &Path) -> Result<Tried> {
             }))
         }
     };
-    stop(rig)?;
+    rig.stop_vm(VM)?;
     Ok(tried)
 }
 
@@ -158,28 +155,11 @@ fn newest(source: &Host) -> Option<MigrationInfo> {
     all.into_iter().max_by_key(|info| info.epoch)
 }
 
-/// Stops the VM wherever it is now.
-pub(crate) fn stop(rig: &Rig) -> Result<()> {
-    for host in &rig.hosts {
-        if host.vm(VM)?.is_some() {
-            host.palanquin(&["vm", "stop", VM])?.expect_status(0)?;
-        }
-    }
-    palanquin_lab::wait::until_true("the VM is gone", SETTLE, || {
-        for host in &rig.hosts {
-            if !host.qemus()?.is_empty() {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    })
-}
-
 /// Bounds of an experiment that needs a VM on the first host: boots, works, and stops the VM in any case.
 pub(crate) fn with_vm<T>(rig: &Rig, case: &Case, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let console = rig.hosts[0].boot(&case.guest)?;
     let worked = case.wait_settled(&console).and_then(|_| work());
-    let stopped = stop(rig);
+    let stopped = rig.stop_vm(VM);
     let result = worked?;
     if let Err(problem) = stopped {
         bail!("the VM can't be stopped: {problem:#}");

@@ -231,6 +231,27 @@ impl Rig {
         Ok(info)
     }
 
+    /// Stops a VM wherever it is, and waits until no host runs a QEMU any more.
+    ///
+    /// # Errors
+    ///
+    /// If it does not end.
+    pub fn stop_vm(&self, vm: &str) -> Result<()> {
+        for host in &self.hosts {
+            if host.vm(vm)?.is_some() {
+                host.palanquin(&["vm", "stop", vm])?.expect_status(0)?;
+            }
+        }
+        wait::until_true("the VM is gone", SHORT, || {
+            for host in &self.hosts {
+                if !host.qemus()?.is_empty() {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        })
+    }
+
     /// Starts a migration that takes many seconds, and waits until pages flow.
     ///
     /// # Errors

@@ -1,10 +1,9 @@
 //! The path leads to the attacker's host (T1, T10).
 
-use std::fs::{self, File};
-use std::process::Stdio;
+use std::fs;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, ensure};
 use serde_json::json;
 
 use super::mover::{MOVED, Mover, Receiver, Sent, complains, hosts, log_line, spec, words};
@@ -14,9 +13,6 @@ use crate::host::{Host, SHORT};
 use crate::process::{self, Kept};
 use crate::rig::Rig;
 use crate::transport::{PORT, Role, Transport, endpoints, ssh, start, tls};
-use crate::wait;
-
-const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(super) fn run(carrier: Carrier) -> Result<Found> {
     match carrier {
@@ -108,33 +104,15 @@ fn false_server(attacker: &Host, honest: &Host) -> Result<Kept> {
     let dir = attacker.dir().join("false-ssh");
     fs::create_dir_all(&dir)?;
     fs::create_dir_all("/run/sshd")?;
-    let key = dir.join("host-key").display().to_string();
-    process::run("ssh-keygen", &["-q", "-t", "ed25519", "-N", "", "-f", &key])?;
+    let key = dir.join("host-key");
+    let shown = key.display().to_string();
+    process::run(
+        "ssh-keygen",
+        &["-q", "-t", "ed25519", "-N", "", "-f", &shown],
+    )?;
     // Public keys are public.
     let keys = honest.dir().join("ssh/authorized-keys");
-    let text = format!(
-        "Port {}\nListenAddress 0.0.0.0\nHostKey {key}\nAuthorizedKeysFile {}\nPidFile none\nUsePAM no\nStrictModes no\n\
-         PermitRootLogin yes\nAllowStreamLocalForwarding yes\nStreamLocalBindUnlink yes\nLogLevel INFO\n",
-        ssh::PORT,
-        keys.display()
-    );
-    let (config, log) = (dir.join("config"), dir.join("log"));
-    fs::write(&config, text)?;
-    let mut command = attacker.namespace.command(ssh::SERVER);
-    command.args(["-D", "-e", "-f"]).arg(&config);
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(File::create(&log)?);
-    let mut server = Kept::new(command.spawn().context("cannot start sshd")?);
-    wait::until_true("the attacker's sshd listens", PATIENCE, || {
-        let said = fs::read_to_string(&log)?;
-        if server.ended()?.is_some() {
-            bail!("it ended: {said}");
-        }
-        Ok(said.contains("Server listening"))
-    })?;
-    Ok(server)
+    ssh::serve_with(attacker, "0.0.0.0", (&key, &keys), &dir)
 }
 
 fn on_palanquin() -> Result<Found> {

@@ -6,12 +6,11 @@ use anyhow::{Result, bail};
 use palanquin_lab::guest::GuestSpec;
 use palanquin_lab::results::Leg;
 use palanquin_lab::rig::Rig;
-use palanquin_lab::wait;
 
 use super::leg::{Case, Moved, observe};
 use super::{PALANQUIN, VM};
 
-/// How long a VM may take to be gone.
+/// The guest beats within this time.
 const SETTLE: Duration = Duration::from_secs(60);
 
 /// Boots the guest with the first host's agent, moves it there and back, and stops it.
@@ -24,7 +23,7 @@ pub(crate) fn round(
     let moved = [("there", 0, 1), ("back", 1, 0)]
         .into_iter()
         .try_for_each(|(way, from, to)| keep(leg(rig, way, from, to)?));
-    let stopped = stop(rig);
+    let stopped = rig.stop_vm(VM);
     moved?;
     stopped
 }
@@ -53,20 +52,4 @@ fn leg(rig: &Rig, way: &str, from: usize, to: usize) -> Result<Leg> {
         })
     };
     observe(&case, work, |_| rig.check_lives_once(VM, to).map(drop))
-}
-
-fn stop(rig: &Rig) -> Result<()> {
-    for host in &rig.hosts {
-        if host.vm(VM)?.is_some() {
-            host.palanquin(&["vm", "stop", VM])?.expect_status(0)?;
-        }
-    }
-    wait::until_true("the VM is gone", SETTLE, || {
-        for host in &rig.hosts {
-            if !host.qemus()?.is_empty() {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    })
 }

@@ -107,19 +107,32 @@ impl Tunnel {
 ///
 /// If it does not.
 pub fn serve(destination: &Host, dir: &Path) -> Result<Kept> {
-    let shown = |name: &str| dir.join(name).display().to_string();
+    let keys = (&*dir.join("host-key"), &*dir.join("authorized-keys"));
+    serve_with(destination, &destination.spec.address, keys, dir)
+}
+
+/// As [`serve`], at an address, with a key of the host and a file of keys that are let in.
+///
+/// # Errors
+///
+/// If it does not listen.
+pub fn serve_with(
+    host: &Host,
+    address: &str,
+    (host_key, authorized): (&Path, &Path),
+    dir: &Path,
+) -> Result<Kept> {
     // The rig's directory belongs to root alone, but lies below one that everybody may write: hence no StrictModes.
     let text = format!(
-        "Port {PORT}\nListenAddress {}\nHostKey {}\nAuthorizedKeysFile {}\nPidFile none\nUsePAM no\nStrictModes no\n\
+        "Port {PORT}\nListenAddress {address}\nHostKey {}\nAuthorizedKeysFile {}\nPidFile none\nUsePAM no\nStrictModes no\n\
          PermitRootLogin prohibit-password\nPasswordAuthentication no\nAllowStreamLocalForwarding yes\n\
          StreamLocalBindUnlink yes\nLogLevel INFO\n",
-        destination.spec.address,
-        shown("host-key"),
-        shown("authorized-keys"),
+        host_key.display(),
+        authorized.display(),
     );
     let (config, log) = (dir.join("sshd-config"), dir.join("sshd.log"));
     fs::write(&config, text)?;
-    let mut command = destination.namespace.command(SERVER);
+    let mut command = host.namespace.command(SERVER);
     command.args(["-D", "-e", "-f"]).arg(&config);
     command
         .stdin(Stdio::null())

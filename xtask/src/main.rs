@@ -167,18 +167,7 @@ fn perform(task: Task) -> Result<()> {
             let bench = root().join("target/release/palanquin-bench");
             programs::visible(programs::program(bench).args(what))
         }
-        Task::Lab { what } => {
-            let mut packages = vec!["build", "--release", "-p", "palanquin-lab"];
-            if what.first().is_some_and(|what| what != "report") {
-                setup::require_root("the lab makes network namespaces")?;
-                setup::install_for_lab()?;
-                guest::build()?;
-                packages.extend(["-p", "palanquin-agent", "-p", "palanquin-cli"]);
-            }
-            run("cargo", &packages)?;
-            let lab = root().join("target/release/palanquin-lab");
-            programs::visible(programs::program(lab).args(what))
-        }
+        Task::Lab { what } => lab(&what),
         Task::Trials { what } => {
             let mut packages = vec!["build", "--release", "-p", "palanquin-trials"];
             if what.first().is_some_and(|what| what == "record") {
@@ -209,4 +198,28 @@ fn perform(task: Task) -> Result<()> {
             ],
         ),
     }
+}
+
+/// Runs the lab, with what it needs.
+fn lab(what: &[String]) -> Result<()> {
+    let task = what.first().map_or("", String::as_str);
+    // An attacker who comes at the right moment needs points at which an agent stops; what is measured has none.
+    let attack = task == "attack";
+    let dir = if attack { "debug" } else { "release" };
+    let mut words = vec!["build", "-p", "palanquin-lab"];
+    if !attack {
+        words.push("--release");
+    }
+    if task != "report" {
+        setup::require_root("the lab makes network namespaces")?;
+        setup::install_for_lab()?;
+        guest::build()?;
+        words.extend(["-p", "palanquin-agent", "-p", "palanquin-cli"]);
+    }
+    if attack {
+        words.extend(["--features", "palanquin-agent/fail-points"]);
+    }
+    run("cargo", &words)?;
+    let lab = root().join("target").join(dir).join("palanquin-lab");
+    programs::visible(programs::program(lab).args(what))
 }

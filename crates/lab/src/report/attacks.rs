@@ -15,7 +15,8 @@ pub(super) fn add(document: &mut Document, results: &Results) {
     document.heading("Every attack tried");
     document.paragraph(
         "Each attack was tried on a real migration over each transport. \"Succeeded\" means that the attacker had what he \
-         wanted, as the evidence below shows; an attack that has won nowhere proves nothing, and is named.",
+         wanted, as the evidence below shows. \"Not applicable\" was not tried there, and says nothing of a defence. An attack \
+         that has won nowhere proves nothing, and is named.",
     );
     let find = |attack: &str, transport: &str| {
         cells

@@ -37,7 +37,8 @@ const FOR_BENCHES: [(&str, &str); 2] = [
 
 /// What the lab's other transports need: IPsec by strongSwan, in user space because not every kernel has ESP, and what
 /// measures a path. Their daemons are started in namespaces of the rig alone.
-const FOR_LAB: [(&str, &str); 5] = [
+const FOR_LAB: [(&str, &str); 6] = [
+    ("/usr/sbin/ethtool", "ethtool"),
     ("/usr/lib/ipsec/charon", "strongswan-charon"),
     ("/usr/sbin/swanctl", "strongswan-swanctl"),
     (

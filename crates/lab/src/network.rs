@@ -9,7 +9,7 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::process::{self, run};
@@ -263,15 +263,23 @@ pub fn link(namespace: &Namespace, device: &str) -> Result<serde_json::Value> {
     Ok(links[0].take())
 }
 
-/// Sets the MTU of a device, in bytes, and lets it carry each packet by itself, as on a real wire: without this, many
-/// segments of TCP would cross at once as one.
+/// Sets the MTU of a device, in bytes, and lets the kernel cut what TCP sends into packets of that size before the device,
+/// as for a real one without an engine for it: otherwise many segments would cross a virtual cable at once as one.
 ///
 /// # Errors
 ///
-/// If the device cannot have it.
+/// If the device cannot have it, or ethtool is not installed.
 pub fn set_mtu(namespace: &Namespace, device: &str, mtu: u32) -> Result<()> {
     let mtu = mtu.to_string();
-    namespace.ip(&["link", "set", device, "mtu", &mtu, "gso_max_segs", "1"])?;
+    namespace.ip(&["link", "set", device, "mtu", &mtu])?;
+    let mut ethtool = namespace.command("ethtool");
+    let output = process::output(ethtool.args(["-K", device, "tso", "off"]), END)?;
+    if !output.status.success() {
+        bail!(
+            "ethtool: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
     Ok(())
 }
 

@@ -146,7 +146,7 @@ impl Rig {
         Host::new(host, self.dir.0.join(index.to_string()), namespace)
     }
 
-    /// Sets the MTU of the path between hosts and client, in bytes, and lets each packet cross by itself.
+    /// Sets the MTU of the path between hosts and client, in bytes, and lets nothing larger cross it.
     ///
     /// # Errors
     ///

@@ -135,8 +135,8 @@ fn costs(document: &mut Document, legs: &[&Leg], mtu: u32) {
         "At an MTU of {mtu} bytes: medians, with the least and the greatest. Times and downtime are of migrations that \
          completed. Downtime is from the source's stop to the destination's start, as those who move the guest say it; lost \
          pings are of a client that sends 20 a second. CPU is of everything at both hosts, the guest included, in percent of \
-         one CPU; its peak is within half a second. Each packet crosses the virtual cable by itself, as on a real one, which \
-         makes the path slower than these hosts could be."
+         one CPU; its peak is within half a second. Segments of TCP are cut in software before \
+         they cross the virtual cable, as for a network card without an engine for it."
     ));
     let mut rows = Vec::new();
     for (_, name, title) in transports() {

@@ -5,16 +5,28 @@ use anyhow::{Context, Result, ensure};
 use palanquin_lab::attack::{self, ATTACKS, PALANQUIN, WAYS};
 use palanquin_lab::results::Verdict;
 
+/// How often an attack on QEMU's own migration is tried until it wins.
+const TRIES: u32 = 4;
+
 /// Whoever wins where nothing defends knows how to attack.
 fn wins_only_where_nothing_defends(name: &str, against_palanquin: Verdict) -> Result<()> {
     let attack = ATTACKS.iter().find(|attack| attack.name == name);
     let attack = attack.context("no such attack")?;
     for (transport, verdict) in [("qemu", Verdict::Succeeded), (PALANQUIN, against_palanquin)] {
         let way = WAYS.iter().find(|way| way.name == transport);
-        let cell = attack::play(attack, way.context("no such transport")?)?;
-        println!("{cell:?}");
-        ensure!(cell.verdict == verdict, "{cell:?}");
-        ensure!(!cell.evidence.is_empty());
+        let way = way.context("no such transport")?;
+        // QEMU's own migration loses an emulated guest now and then, and with it what the attacker wanted.
+        let tries = if transport == PALANQUIN { 1 } else { TRIES };
+        for left in (0..tries).rev() {
+            let played = attack::play(attack, way);
+            println!("{played:?}");
+            match played {
+                Ok(cell) if cell.verdict == verdict && !cell.evidence.is_empty() => break,
+                Ok(cell) => ensure!(left > 0, "{cell:?}"),
+                Err(error) if left == 0 => return Err(error),
+                Err(_) => {}
+            }
+        }
     }
     Ok(())
 }

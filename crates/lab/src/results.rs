@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -191,12 +191,15 @@ pub enum Line {
 #[derive(Debug)]
 pub struct Results {
     path: PathBuf,
+    /// Bytes of its whole lines, if the last one was cut short.
+    whole: Option<u64>,
     /// What is in it.
     pub lines: Vec<Line>,
 }
 
 impl Results {
-    /// Opens a file that may not be there yet. A last line that was cut short is removed: what it said is done again.
+    /// Reads a file that may not be there yet. A last line that was cut short is passed over, and removed before something
+    /// is added: what it said is done again.
     ///
     /// # Errors
     ///
@@ -204,12 +207,17 @@ impl Results {
     pub fn open(path: &Path) -> Result<Self> {
         let mut results = Self {
             path: path.to_owned(),
+            whole: None,
             lines: Vec::new(),
         };
-        let Ok(file) = OpenOptions::new().read(true).write(true).open(path) else {
-            return Ok(results);
+        let file = match File::open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(results),
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot read {}", path.display()));
+            }
         };
-        let mut reader = BufReader::new(&file);
+        let mut reader = BufReader::new(file);
         let mut whole = 0_u64;
         loop {
             let mut text = Vec::new();
@@ -218,7 +226,7 @@ impl Results {
                 break;
             }
             if text.last() != Some(&b'\n') {
-                file.set_len(whole)?;
+                results.whole = Some(whole);
                 break;
             }
             results.lines.push(parse(&text).with_context(|| {
@@ -272,6 +280,9 @@ impl Results {
             .append(true)
             .open(&self.path)
             .with_context(|| format!("cannot write {}", self.path.display()))?;
+        if let Some(whole) = self.whole.take() {
+            file.set_len(whole)?;
+        }
         file.write_all(&text)?;
         self.lines.push(line);
         Ok(())
@@ -358,6 +369,15 @@ mod tests {
         assert_eq!(again.lines.len(), 1);
         let error = again.begin("lab attack", machine("7")).unwrap_err();
         assert!(error.to_string().contains("--fresh"), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_not_taken_for_an_empty_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = Results::open(&dir.path().join("a.jsonl/b")).map(drop);
+        assert!(error.is_ok(), "there is nothing yet");
+        let error = Results::open(dir.path()).unwrap_err().to_string();
+        assert!(!error.is_empty());
     }
 
     #[test]

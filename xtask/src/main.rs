@@ -210,7 +210,7 @@ fn lab(what: &[String]) -> Result<()> {
     if !attack {
         words.push("--release");
     }
-    if task != "report" {
+    if attack || task == "experiment" {
         setup::require_root("the lab makes network namespaces")?;
         setup::install_for_lab()?;
         guest::build()?;

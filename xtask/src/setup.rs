@@ -76,6 +76,11 @@ pub(crate) fn install_for_benches() -> Result<()> {
     install_of(&[&NEEDED[..], &FOR_BENCHES[..]].concat())
 }
 
+/// Installs what is missing for the tests: all of the lab but a server of ssh, which Debian would start by itself.
+pub(crate) fn install_for_tests() -> Result<()> {
+    install_of(&[&NEEDED[..], &FOR_LAB[..]].concat())
+}
+
 /// Installs what is missing for the experiment and the attacks as well.
 pub(crate) fn install_for_lab() -> Result<()> {
     install_of(&[&NEEDED[..], &FOR_BENCHES[..], &FOR_LAB[..]].concat())

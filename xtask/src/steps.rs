@@ -15,7 +15,7 @@ const DENY: &str = "0.20.2";
 /// All steps; stops at the first that fails, and always says how far it came.
 pub(crate) fn test() -> Result<()> {
     let steps: [(&str, Step); 13] = [
-        ("install", setup::install_for_lab),
+        ("install", setup::install_for_tests),
         ("format", || {
             run("cargo", &["fmt", "--all", "--check"])?;
             run(

@@ -13,6 +13,7 @@ mod flood;
 mod hostile_stream;
 mod memory;
 mod mover;
+mod packets;
 mod path;
 mod remanence;
 mod replay;
@@ -53,11 +54,16 @@ pub struct Way {
 }
 
 /// All of them, the undefended ones first.
-pub const WAYS: [Way; 5] = [
+pub const WAYS: [Way; 6] = [
     Way {
         name: "qemu",
         about: "QEMU, plaintext",
         carrier: Carrier::Qemu(Transport::Plain),
+    },
+    Way {
+        name: "qemu-segment",
+        about: "QEMU, plaintext on an isolated segment, in which the attacker is not; for who is in it, it is plaintext",
+        carrier: Carrier::Qemu(Transport::Segment),
     },
     Way {
         name: "qemu-tls",
@@ -93,8 +99,6 @@ pub struct Attack {
     pub about: &'static str,
     /// What he has when it succeeded.
     pub wins: &'static str,
-    /// Whether he works on TCP connections: those of others on the path, or his own to the receiver.
-    on_tcp: bool,
     run: fn(Carrier) -> Result<Found>,
 }
 
@@ -110,83 +114,69 @@ pub const ATTACKS: [Attack; 11] = [
         name: "capture",
         about: "records everything that crosses the switch",
         wins: "the sentence in the guest's memory is in the capture, as ASCII or UTF-16",
-        on_tcp: false,
         run: capture::run,
     },
     Attack {
         name: "alter",
         about: "stands on the path and changes the sentence in the stream; where it is not to be seen, one bit of it blindly",
         wins: "the guest runs at the destination, and its RAM holds what he made of the sentence",
-        on_tcp: true,
         run: alter::run,
     },
     Attack {
         name: "truncate",
         about: "stands on the path and cuts in the middle; then keeps back the last bytes of the stream",
         wins: "the guest runs nowhere although the source says that it has moved, or it runs twice, or half of it runs",
-        on_tcp: true,
         run: truncate::run,
     },
     Attack {
         name: "replay",
         about: "records a migration and sends its bytes again to a receiver that waits",
         wins: "an old state of the guest runs",
-        on_tcp: true,
         run: replay::run,
     },
     Attack {
         name: "divert",
         about: "takes the destination's address and waits with a receiver of his own",
         wins: "the guest runs at the attacker's host",
-        on_tcp: true,
         run: divert::run,
     },
     Attack {
         name: "unauthorised-out",
         about: "may enter the management socket, has no right to move the VM, and orders it to be moved",
         wins: "the guest runs where he wanted it",
-        on_tcp: false,
         run: unauthorised::run,
     },
     Attack {
         name: "advertisement",
         about: "a host says that it has much more memory than it has",
         wins: "the guest runs at the host that lied",
-        on_tcp: false,
         run: advertisement::run,
     },
     Attack {
         name: "flood",
         about: "holds 2000 connections to the receiver that say nothing",
         wins: "a migration to it fails, or takes more than ten times as long",
-        on_tcp: true,
         run: flood::run,
     },
     Attack {
         name: "hostile-stream",
         about: "a stranger sends the receiver what is no migration",
         wins: "the receiver ends, or a migration to it fails afterwards",
-        on_tcp: true,
         run: hostile_stream::run,
     },
     Attack {
         name: "remanence",
         about: "reads what the source keeps after the VM has moved: memory of its processes, and files",
         wins: "the sentence is still there",
-        on_tcp: false,
         run: remanence::run,
     },
     Attack {
         name: "dirty-destination",
         about: "has prepared the memory that the VM gets at the destination",
         wins: "the guest runs there, and its RAM holds what he left",
-        on_tcp: false,
         run: dirty::run,
     },
 ];
-
-/// Why attacks on TCP are not tried on IPsec.
-const ON_PACKETS: &str = "not tried: this attacker works on TCP connections, and the path carries packets of ESP and IKE in UDP";
 
 /// What became of an attack, and what shows it.
 #[derive(Debug)]
@@ -223,11 +213,8 @@ impl Found {
 /// If the attack could not be carried out: then nothing is known.
 pub fn play(attack: &Attack, way: &Way) -> Result<AttackCell> {
     let began = Instant::now();
-    let found = if attack.on_tcp && way.carrier == Carrier::Qemu(Transport::Ipsec) {
-        Found::new(Verdict::NotApplicable, ON_PACKETS)
-    } else {
-        (attack.run)(way.carrier).with_context(|| format!("{} on {}", attack.name, way.name))?
-    };
+    let found = (attack.run)(way.carrier);
+    let found = found.with_context(|| format!("{} on {}", attack.name, way.name))?;
     Ok(AttackCell {
         attack: attack.name.to_owned(),
         transport: way.name.to_owned(),
@@ -248,7 +235,6 @@ pub fn word(verdict: Verdict) -> &'static str {
         Verdict::Succeeded => "SUCCEEDED",
         Verdict::FailedDetected => "detected",
         Verdict::FailedUnnoticed => "failed, unnoticed",
-        Verdict::NotApplicable => "not applicable",
     }
 }
 
@@ -339,7 +325,7 @@ mod tests {
         let words: Vec<&str> = rows[1].split_whitespace().collect();
         assert_eq!(
             words,
-            ["capture", "-", "-", "-", "-", "failed,", "unnoticed"]
+            ["capture", "-", "-", "-", "-", "-", "failed,", "unnoticed"]
         );
     }
 

@@ -86,8 +86,6 @@ pub enum Verdict {
     FailedDetected,
     /// He has not, and nobody was told.
     FailedUnnoticed,
-    /// It cannot be tried there; the evidence says why.
-    NotApplicable,
 }
 
 /// One attack on one transport.

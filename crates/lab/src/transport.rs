@@ -280,7 +280,11 @@ pub fn goes_on(console: &Console) -> Result<()> {
 /// If what lies between cannot be started.
 pub fn endpoints(transport: Transport, source: &Host, destination: &Host) -> Result<Ends> {
     let tcp = |address: &str, between| Ends {
-        listen: format!("tcp:0.0.0.0:{PORT}"),
+        // An address of the path's own is the only one that listens.
+        listen: match between {
+            Between::Nothing => format!("tcp:0.0.0.0:{PORT}"),
+            _ => format!("tcp:{address}:{PORT}"),
+        },
         connect: format!("tcp:{address}:{PORT}"),
         between,
     };

@@ -4,9 +4,9 @@ use anyhow::{Result, ensure};
 
 use super::memory;
 use super::mover::{
-    MOVED, Mover, Ready, Sent, complains, corruption, hosts, migrate, ports, with_agents, words,
+    MOVED, Mover, Ready, Sent, complains, corruption, hosts, migrate, with_agents, words,
 };
-use super::path::{Hijack, Strike};
+use super::path::{Hijack, Man, Seen, Strike};
 use super::{ALTERED, Carrier, Found, SENTENCE, prey};
 use crate::host;
 use crate::rig::Rig;
@@ -28,12 +28,17 @@ pub(super) fn run(carrier: Carrier) -> Result<Found> {
 
 fn on_qemu(transport: Transport) -> Result<Found> {
     let rig = hosts(&["a", "b"])?;
-    let (struck, sent, gone, mut ready) = attempt(&rig, transport, in_place())?;
-    if struck > 0 {
+    let (seen, sent, gone, mut ready) = attempt(&rig, transport, in_place())?;
+    let struck = seen.struck;
+    if seen.bytes == 0 || struck > 0 {
         return judge(
             &rig,
             struck,
-            "the sentence was changed",
+            if struck > 0 {
+                "the sentence was changed"
+            } else {
+                "nothing came by him"
+            },
             &sent,
             gone,
             &ready,
@@ -46,20 +51,21 @@ fn on_qemu(transport: Transport) -> Result<Found> {
     // It was not to be seen: then any byte.
     ready.receiver.qemu.kill();
     drop(ready);
-    let (struck, sent, gone, ready) = attempt(&rig, transport, Strike::Flip(BLIND))?;
+    let (seen, sent, gone, ready) = attempt(&rig, transport, Strike::Flip(BLIND))?;
+    let struck = seen.struck;
     ensure!(struck == 1, "he struck {struck} times: {sent}");
     let what = "the sentence was not to be seen, so one bit was changed";
     judge(&rig, struck, what, &sent, gone, &ready)
 }
 
-/// Moves a guest with him on the path: how often he struck, what the source says, and whether the guest goes on there.
-fn attempt(rig: &Rig, transport: Transport, strike: Strike) -> Result<(u64, Sent, bool, Ready)> {
+/// Moves a guest with him on the path: what he has seen, what the source says, and whether the guest goes on there.
+fn attempt(rig: &Rig, transport: Transport, strike: Strike) -> Result<(Seen, Sent, bool, Ready)> {
     let mut mover = Mover::boot(rig, transport, 1)?;
-    let hijack = Hijack::start(rig, 0, 1, &ports(transport), strike)?;
+    let man = Man::on(rig, transport, strike)?;
     let ready = mover.ready(rig, 1)?;
     let sent = mover.send(&ready.connect, MOVED)?;
     let stays = mover.beats_on()?.is_some();
-    Ok((hijack.seen().struck, sent, stays, ready))
+    Ok((man.seen(), sent, stays, ready))
 }
 
 fn judge(
@@ -73,7 +79,7 @@ fn judge(
     let console = ready.receiver.qemu.console();
     let arrived = ready.receiver.beats_on()?.is_some();
     let what = match struck {
-        1 => format!("{what}; the source says {sent}"),
+        0 | 1 => format!("{what}; the source says {sent}"),
         _ => format!("{what} in {struck} places; the source says {sent}"),
     };
     if !arrived {

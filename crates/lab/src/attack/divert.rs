@@ -12,7 +12,7 @@ use super::{Carrier, Found, VM, prey};
 use crate::host::{Host, SHORT};
 use crate::process::{self, Kept};
 use crate::rig::Rig;
-use crate::transport::{PORT, Role, Transport, endpoints, ssh, start, tls};
+use crate::transport::{PORT, Role, Transport, endpoints, ipsec, ssh, start, tls};
 
 pub(super) fn run(carrier: Carrier) -> Result<Found> {
     match carrier {
@@ -41,6 +41,9 @@ fn on_qemu(transport: Transport) -> Result<Found> {
     let _server = (transport == Transport::Ssh)
         .then(|| false_server(attacker, honest))
         .transpose()?;
+    let _impostor = (transport == Transport::Ipsec)
+        .then(|| ipsec::Tunnel::impostor(attacker, honest, source))
+        .transpose()?;
     if transport != Transport::Ssh {
         let uri = format!("tcp:0.0.0.0:{PORT}");
         control.execute("migrate-incoming", &json!({"uri": uri}))?;
@@ -51,10 +54,11 @@ fn on_qemu(transport: Transport) -> Result<Found> {
         Err(error) => {
             let why = format!("{error:#}");
             ensure!(mover.beats_on()?.is_some(), "the guest does not run: {why}");
-            // What ssh says fills a screen.
+            // What ssh and swanctl say fills a screen.
             let told = [
                 "REMOTE HOST IDENTIFICATION HAS CHANGED",
                 "Host key verification failed",
+                "received AUTHENTICATION_FAILED notify error",
             ];
             let told: Vec<&str> = told
                 .into_iter()
@@ -73,6 +77,10 @@ fn on_qemu(transport: Transport) -> Result<Found> {
     if transport == Transport::Ssh {
         control.execute("migrate-incoming", &json!({"uri": ends.listen}))?;
     }
+    // There the address on the switch is not the one that the source connects to.
+    let _true_one = (transport == Transport::Segment)
+        .then(|| mover.receiver(honest, ends.listen.clone(), &Role::Incoming))
+        .transpose()?;
     let sent = mover.send(&ends.connect, MOVED)?;
     drop(control);
     let his = Receiver {

@@ -1,6 +1,6 @@
 //! Strangers take the receiver's places (T2).
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,9 +12,11 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::process::{Resource, getrlimit, setrlimit};
 
-use super::mover::{MOVED, Mover, Sent, complains, hosts, migrate, ports, with_agents, words};
+use super::mover::{
+    MOVED, Mover, Ready, Sent, agent_at, complains, hosts, migrate, receiver_at, with_agents, words,
+};
 use super::{Carrier, Found, prey};
-use crate::host::{self, Host, SHORT};
+use crate::host::SHORT;
 use crate::network::Namespace;
 use crate::rig::Rig;
 use crate::transport::{Role, Transport, ssh};
@@ -44,7 +46,7 @@ struct Flood {
 }
 
 impl Flood {
-    fn start(from: &Namespace, to: &Host, port: u16) -> Result<Self> {
+    fn start(from: &Namespace, to: SocketAddrV4) -> Result<Self> {
         let mut limit = getrlimit(Resource::Nofile);
         if limit.current.is_some_and(|now| now < MANY * 2) {
             limit.current = Some(MANY * 2);
@@ -55,8 +57,7 @@ impl Flood {
             let address = format!("10.77.3.{number}/16");
             from.ip(&["address", "replace", &address, "dev", "eth0"])?;
         }
-        let address: Ipv4Addr = to.spec.address.parse()?;
-        let to = SocketAddr::from((address, port));
+        let to = SocketAddr::from(to);
         let stop = Arc::new(AtomicBool::new(false));
         let opened = Arc::new(AtomicU64::new(0));
         let (seen, count) = (Arc::clone(&stop), Arc::clone(&opened));
@@ -135,13 +136,13 @@ fn on_qemu(transport: Transport) -> Result<Found> {
         }
     };
     let mut mover = Mover::boot(&rig, transport, 1)?;
-    let port = ports(transport)[0];
+    let at = receiver_at(&rig, transport)?;
     let (flood, sent, there);
     if transport == Transport::Ssh {
         // The server is there before anybody connects.
         let dir = rig.hosts[1].dir().join("ssh");
         let _server = ssh::serve(&rig.hosts[1], &dir)?;
-        flood = Flood::start(&rig.client, &rig.hosts[1], port)?;
+        flood = Flood::start(&rig.client, at)?;
         let (near, far) = (dir.join("near.sock"), dir.join("far.sock"));
         let _ = std::fs::remove_file(&near);
         let _ = std::fs::remove_file(&far);
@@ -156,11 +157,11 @@ fn on_qemu(transport: Transport) -> Result<Found> {
         }
         there = receiver.beats_on()?.is_some();
     } else {
-        let listens = format!("tcp:0.0.0.0:{port}");
-        let receiver = mover.receiver(&rig.hosts[1], listens, &Role::Incoming)?;
-        flood = Flood::start(&rig.client, &rig.hosts[1], port)?;
-        let uri = format!("tcp:{}:{port}", rig.hosts[1].spec.address);
-        sent = mover.send(&uri, limit(alone))?;
+        let Ready {
+            receiver, connect, ..
+        } = &mover.ready(&rig, 1)?;
+        flood = Flood::start(&rig.client, at)?;
+        sent = mover.send(connect, limit(alone))?;
         there = receiver.beats_on()?.is_some();
     }
     flood.finish()?;
@@ -186,7 +187,7 @@ fn on_palanquin() -> Result<Found> {
     let alone = began.elapsed();
     let (told, at) = migrate(&rig, 1, &[])?;
     ensure!(at == 0, "the guest has not moved back: {told:?}");
-    let flood = Flood::start(&rig.client, &rig.hosts[1], host::PORT)?;
+    let flood = Flood::start(&rig.client, agent_at(&rig.hosts[1])?)?;
     let began = Instant::now();
     let (told, at) = migrate(&rig, 0, &[])?;
     let under = began.elapsed();

@@ -3,7 +3,8 @@
 use anyhow::{Context, Result, ensure};
 
 use super::mover::{
-    MOVED, Mover, Sent, complaint, hosts, is_alive, migrate, ports, total, with_agents, words,
+    MOVED, Mover, Sent, agent_at, complaint, hosts, is_alive, migrate, receiver_at, total,
+    with_agents, words,
 };
 use super::path::{Hijack, Strike};
 use super::replay;
@@ -67,13 +68,14 @@ fn on_qemu(transport: Transport) -> Result<Found> {
     let rig = hosts(&["a", "b"])?;
     let mut mover = Mover::boot(&rig, transport, 1)?;
     let ready = mover.ready(&rig, 1)?;
+    let receiver = receiver_at(&rig, transport)?;
     let mut sent = 0;
     for bytes in nonsense() {
         if !is_alive(&ready.receiver.qemu) {
             break;
         }
         // It listens no more when it has taken a stranger for the source.
-        if replay::send(&rig, 1, ports(transport)[0], bytes).is_err() {
+        if replay::send(&rig, receiver, bytes).is_err() {
             break;
         }
         sent += 1;
@@ -137,8 +139,9 @@ fn on_palanquin() -> Result<Found> {
         }
     }
     let count = all.len();
+    let receiver = agent_at(victim)?;
     for bytes in all {
-        replay::send(&rig, 1, host::PORT, bytes)?;
+        replay::send(&rig, receiver, bytes)?;
     }
     let log = std::fs::read_to_string(victim.log())?;
     let after = (pids(victim)?, victim.migrations()?.len());

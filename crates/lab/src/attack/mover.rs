@@ -1,6 +1,7 @@
 //! QEMU's own migration, step by step, so that an attacker comes between; and what is looked at afterwards.
 
 use std::fs;
+use std::net::SocketAddrV4;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -10,12 +11,12 @@ use serde_json::json;
 
 use super::{VM, path::Seen, prey};
 use crate::guest::{Console, GuestSpec};
-use crate::host::{Host, SHORT, Told};
+use crate::host::{self, Host, SHORT, Told};
 use crate::process;
 use crate::qemu::{Qemu, Qmp};
 use crate::rig::{Rig, RigSpec};
 use crate::transport::{
-    BOOT, Between, PORT, Role, Transport, configure, endpoints, ssh, start, tls,
+    BOOT, Between, PORT, Role, Transport, configure, endpoints, ipsec, segment, ssh, start, tls,
 };
 use crate::wait;
 
@@ -35,6 +36,27 @@ pub(super) fn ports(transport: Transport) -> Vec<u16> {
         Transport::Ssh => vec![ssh::PORT],
         _ => vec![PORT],
     }
+}
+
+/// Where a stranger at the switch finds the receiver of the second host. An address within a tunnel or on a segment is one of that host too,
+/// and whoever is told to looks for it there.
+pub(super) fn receiver_at(rig: &Rig, transport: Transport) -> Result<SocketAddrV4> {
+    let host = &rig.hosts[1];
+    let port = ports(transport).first().copied().unwrap_or(PORT);
+    let address = &host.spec.address;
+    let inside = match transport {
+        Transport::Ipsec => ipsec::inside_of(host)?,
+        Transport::Segment => segment::FAR.to_owned(),
+        _ => return Ok(SocketAddrV4::new(address.parse()?, port)),
+    };
+    let words = ["route", "replace", &format!("{inside}/32"), "via", address];
+    rig.client.ip(&words)?;
+    Ok(SocketAddrV4::new(inside.parse()?, port))
+}
+
+/// Where an agent listens.
+pub(super) fn agent_at(host: &Host) -> Result<SocketAddrV4> {
+    Ok(SocketAddrV4::new(host.spec.address.parse()?, host::PORT))
 }
 
 /// Hosts with these names, without agents.

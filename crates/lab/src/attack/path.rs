@@ -12,16 +12,19 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::mover::ports;
+use super::packets::Packets;
 use crate::network::Namespace;
 use crate::rig::Rig;
+use crate::transport::Transport;
 use crate::wait;
 
 /// How often a pump looks whether it is to end.
-const LOOK: Duration = Duration::from_millis(100);
+pub(super) const LOOK: Duration = Duration::from_millis(100);
 /// Longest time that a connection may take, and a receiver that takes nothing.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Most bytes that are kept for a replay.
-const KEPT_MAX: usize = 512 << 20;
+pub(super) const KEPT_MAX: usize = 512 << 20;
 const PIECE: usize = 64 << 10;
 
 /// What he does to the bytes that the source sends.
@@ -40,7 +43,7 @@ pub(super) enum Strike {
 }
 
 /// What a receiver misses at the end under [`Strike::HoldBack`].
-const HELD: usize = 64 << 10;
+pub(super) const HELD: usize = 64 << 10;
 
 /// What he has seen and done.
 #[derive(Clone, Debug, Default)]
@@ -53,19 +56,34 @@ pub(super) struct Seen {
     pub(super) recorded: Vec<Vec<u8>>,
 }
 
-struct Shared {
-    strike: Strike,
+/// What he and his threads share.
+pub(super) struct Shared {
+    /// What he does.
+    pub(super) strike: Strike,
     seen: Mutex<Seen>,
     /// All connections end, and no other is made.
     dead: AtomicBool,
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Seen> {
+    pub(super) fn new(strike: Strike) -> Arc<Self> {
+        Arc::new(Self {
+            strike,
+            seen: Mutex::default(),
+            dead: AtomicBool::new(false),
+        })
+    }
+
+    /// Nothing passes any more.
+    pub(super) fn die(&self) {
+        self.dead.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Seen> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn is_dead(&self) -> bool {
+    pub(super) fn is_dead(&self) -> bool {
         self.dead.load(Ordering::Relaxed)
     }
 }
@@ -88,18 +106,9 @@ impl<'a> Hijack<'a> {
         strike: Strike,
     ) -> Result<Self> {
         let address = rig.hosts[to].spec.address.clone();
-        // Named as the rig's own, so that it is removed with it.
-        let client = rig.client.name();
-        let name = client.strip_suffix("client").unwrap_or(client);
-        let own = Namespace::new(format!("{name}man"))?;
-        rig.switch.plug(&own, "port-man")?;
-        own.ip(&["address", "add", "10.77.2.9/16", "dev", "eth0"])?;
+        let own = man(rig)?;
         let stolen = steal(&rig.hosts[from].namespace, &own, "eth0", &address)?;
-        let shared = Arc::new(Shared {
-            strike,
-            seen: Mutex::default(),
-            dead: AtomicBool::new(false),
-        });
+        let shared = Shared::new(strike);
         let there: Ipv4Addr = address.parse()?;
         let mut hijack = Self {
             shared,
@@ -130,7 +139,7 @@ impl<'a> Hijack<'a> {
 
     /// Ends all connections; what he kept back is gone.
     pub(super) fn cut(&self) {
-        self.shared.dead.store(true, Ordering::Relaxed);
+        self.shared.die();
     }
 }
 
@@ -141,6 +150,52 @@ impl Drop for Hijack<'_> {
             let _ = door.join();
         }
     }
+}
+
+/// The man on the path, whatever the path carries.
+pub(super) enum Man<'a> {
+    /// Connections of TCP.
+    Connections(Hijack<'a>),
+    /// Packets of UDP.
+    Packets(Packets<'a>),
+}
+
+impl<'a> Man<'a> {
+    /// Stands between the first host of a rig and the second, for that transport.
+    pub(super) fn on(rig: &'a Rig, transport: Transport, strike: Strike) -> Result<Self> {
+        Ok(if transport == Transport::Ipsec {
+            Self::Packets(Packets::start(rig, 0, 1, strike)?)
+        } else {
+            Self::Connections(Hijack::start(rig, 0, 1, &ports(transport), strike)?)
+        })
+    }
+
+    /// What he has seen until now.
+    pub(super) fn seen(&self) -> Seen {
+        match self {
+            Self::Connections(hijack) => hijack.seen(),
+            Self::Packets(packets) => packets.seen(),
+        }
+    }
+
+    /// Ends everything; what he kept back is gone.
+    pub(super) fn cut(&self) {
+        match self {
+            Self::Connections(hijack) => hijack.cut(),
+            Self::Packets(packets) => packets.cut(),
+        }
+    }
+}
+
+/// A machine of his at the switch.
+pub(super) fn man(rig: &Rig) -> Result<Namespace> {
+    // Named as the rig's own, so that it is removed with it.
+    let client = rig.client.name();
+    let name = client.strip_suffix("client").unwrap_or(client);
+    let own = Namespace::new(format!("{name}man"))?;
+    rig.switch.plug(&own, "port-man")?;
+    own.ip(&["address", "add", "10.77.2.9/16", "dev", "eth0"])?;
+    Ok(own)
 }
 
 /// A host that takes another one for the owner of an address; it forgets that when this is dropped.
@@ -174,6 +229,16 @@ pub(super) fn steal<'a>(
         Ok(())
     })?;
     thief.ip(&["address", "add", &format!("{address}/32"), "dev", "lo"])?;
+    mislead(victim, thief, device, address)
+}
+
+/// Lets the victim look for an address at the thief's device. Nobody else is told.
+pub(super) fn mislead<'a>(
+    victim: &'a Namespace,
+    thief: &Namespace,
+    device: &str,
+    address: &str,
+) -> Result<Stolen<'a>> {
     let told = thief.ip(&["-j", "link", "show", "dev", device])?;
     let told: serde_json::Value = serde_json::from_str(&told)?;
     let mac = told[0]["address"].as_str().context("no hardware address")?;
@@ -351,7 +416,7 @@ impl Pump {
             Strike::Cut(at) => {
                 if before + bytes.len() as u64 >= *at {
                     seen.struck += 1;
-                    self.shared.dead.store(true, Ordering::Relaxed);
+                    self.shared.die();
                     out.truncate(out.len() / 2);
                 }
             }

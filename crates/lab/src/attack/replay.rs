@@ -2,15 +2,16 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpStream};
+use std::net::{SocketAddrV4, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
 use super::mover::{
-    MOVED, Mover, Sent, complaint, hosts, is_alive, log_line, migrate, ports, total, with_agents,
+    MOVED, Mover, Sent, agent_at, complaint, hosts, is_alive, log_line, migrate, receiver_at,
+    total, with_agents,
 };
-use super::path::{Hijack, Strike};
+use super::path::{Hijack, Man, Strike};
 use super::{Carrier, Found, VM, prey};
 use crate::guest::Console;
 use crate::host::{self, SHORT};
@@ -30,11 +31,10 @@ pub(super) fn run(carrier: Carrier) -> Result<Found> {
     }
 }
 
-/// Sends bytes to a port of a host from a machine that is none; how much it answers.
-pub(super) fn send(rig: &Rig, to: usize, port: u16, bytes: Vec<u8>) -> Result<usize> {
-    let address: Ipv4Addr = rig.hosts[to].spec.address.parse()?;
+/// Sends bytes to a receiver from a machine that is none; how much it answers.
+pub(super) fn send(rig: &Rig, to: SocketAddrV4, bytes: Vec<u8>) -> Result<usize> {
     rig.client.inside(move || {
-        let mut stream = TcpStream::connect((address, port)).context("nobody listens")?;
+        let mut stream = TcpStream::connect(to).context("nobody listens")?;
         stream.set_read_timeout(Some(ANSWER))?;
         stream.set_write_timeout(Some(ANSWER))?;
         // It may hang up in the middle.
@@ -49,7 +49,7 @@ pub(super) fn send(rig: &Rig, to: usize, port: u16, bytes: Vec<u8>) -> Result<us
 fn on_qemu(transport: Transport) -> Result<Found> {
     let rig = hosts(&["a", "b"])?;
     let mut mover = Mover::boot(&rig, transport, 1)?;
-    let hijack = Hijack::start(&rig, 0, 1, &ports(transport), Strike::Record)?;
+    let man = Man::on(&rig, transport, Strike::Record)?;
     let ready = mover.ready(&rig, 1)?;
     let sent = mover.send(&ready.connect, MOVED)?;
     // What stands between stays, as it does for the next migration.
@@ -58,7 +58,7 @@ fn on_qemu(transport: Transport) -> Result<Found> {
         "the guest has not moved: {sent}"
     );
     // Only now has he seen the end of it.
-    let recorded = hijack.seen();
+    let recorded = man.seen();
     // The place is needed for another receiver: the first one's console moves away with it.
     let dir = rig.hosts[1].dir();
     fs::rename(dir.join("incoming"), dir.join("first"))?;
@@ -73,12 +73,13 @@ fn on_qemu(transport: Transport) -> Result<Found> {
     )?;
     let bytes = total(&recorded);
     let mut answered = 0;
-    for (connection, port) in recorded
-        .recorded
-        .into_iter()
-        .zip(ports(transport).into_iter().cycle())
-    {
-        answered += send(&rig, 1, port, connection)?;
+    if let Man::Packets(packets) = &man {
+        packets.send_again(recorded.recorded)?;
+    } else {
+        let receiver = receiver_at(&rig, transport)?;
+        for connection in recorded.recorded {
+            answered += send(&rig, receiver, connection)?;
+        }
     }
     let old = second.beats_on()?;
     let new = first.wait_beats(2, SHORT)?.number;
@@ -117,8 +118,9 @@ fn on_palanquin() -> Result<Found> {
     let bytes = total(&recorded);
     let count = recorded.recorded.len();
     let mut answered = 0;
+    let receiver = agent_at(&rig.hosts[1])?;
     for connection in recorded.recorded {
-        answered += send(&rig, 1, host::PORT, connection)?;
+        answered += send(&rig, receiver, connection)?;
     }
     let said = wait::until("the log tells", ANSWER, || {
         Ok(log_line(

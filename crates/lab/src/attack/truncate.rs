@@ -4,10 +4,8 @@ use anyhow::{Result, ensure};
 use palanquin_api::control::VmState;
 use serde_json::json;
 
-use super::mover::{
-    MOVED, Mover, Sent, complains, hosts, is_alive, migrate, ports, with_agents, words,
-};
-use super::path::{Hijack, Strike};
+use super::mover::{MOVED, Mover, Sent, complains, hosts, is_alive, migrate, with_agents, words};
+use super::path::{Hijack, Man, Strike};
 use super::{Carrier, Found, VM, prey};
 use crate::host;
 use crate::results::Verdict;
@@ -47,12 +45,22 @@ fn on_qemu(transport: Transport) -> Result<Found> {
 
 fn attempt(rig: &Rig, transport: Transport, strike: Strike) -> Result<Found> {
     let mut mover = Mover::boot(rig, transport, 1)?;
-    let hijack = Hijack::start(rig, 0, 1, &ports(transport), strike)?;
+    let man = Man::on(rig, transport, strike)?;
     let ready = mover.ready(rig, 1)?;
     let sent = mover.send(&ready.connect, MOVED)?;
-    ensure!(hijack.seen().struck > 0, "he did not strike: {sent}");
+    let seen = man.seen();
+    ensure!(
+        seen.struck > 0 || seen.bytes == 0,
+        "he did not strike in {} bytes: {sent}",
+        seen.bytes
+    );
+    let came = if seen.bytes == 0 {
+        "nothing came by him; "
+    } else {
+        ""
+    };
     // He has seen that nothing more comes.
-    hijack.cut();
+    man.cut();
     let here = mover.beats_on()?;
     let there = ready.receiver.beats_on()?;
     let state = mover.qmp.execute("query-status", &json!({}))?;
@@ -62,7 +70,7 @@ fn attempt(rig: &Rig, transport: Transport, strike: Strike) -> Result<Found> {
         format!("has ended ({})", complains(&rig.hosts[1]))
     };
     let what = format!(
-        "the source says {sent}, and its VM is `{}`; the receiver {receiver}; the guest beats at the source: {}, at the \
+        "{came}the source says {sent}, and its VM is `{}`; the receiver {receiver}; the guest beats at the source: {}, at the \
          destination: {}",
         state["status"].as_str().unwrap_or("unknown"),
         here.is_some(),

@@ -15,8 +15,8 @@ pub(super) fn add(document: &mut Document, results: &Results) {
     document.heading("Every attack tried");
     document.paragraph(
         "Each attack was tried on a real migration over each transport. \"Succeeded\" means that the attacker had what he \
-         wanted, as the evidence below shows. \"Not applicable\" was not tried there, and says nothing of a defence. An attack \
-         that has won nowhere proves nothing, and is named.",
+         wanted, as the evidence below shows. He is at the switch that all hosts share, not within an isolated segment. An \
+         attack that has won nowhere proves nothing, and is named.",
     );
     let find = |attack: &str, transport: &str| {
         cells
@@ -83,7 +83,6 @@ fn words(verdict: Verdict) -> &'static str {
         Verdict::Succeeded => "succeeded",
         Verdict::FailedDetected => "failed, detected",
         Verdict::FailedUnnoticed => "failed, unnoticed",
-        Verdict::NotApplicable => "not applicable",
     }
 }
 
@@ -92,7 +91,6 @@ fn verdict(cell: &AttackCell) -> Cell {
         Verdict::Succeeded => Tone::Bad,
         Verdict::FailedDetected => Tone::Good,
         Verdict::FailedUnnoticed => Tone::Fair,
-        Verdict::NotApplicable => Tone::Plain,
     };
     Cell::toned(words(cell.verdict), tone)
 }

@@ -33,6 +33,12 @@ pub struct Tunnel {
     ends: [End; 2],
 }
 
+/// An end that belongs to no tunnel; killed when it is dropped.
+#[derive(Debug)]
+pub struct Impostor {
+    _end: End,
+}
+
 #[derive(Debug)]
 struct End {
     _daemon: Kept,
@@ -54,16 +60,13 @@ impl Tunnel {
             );
         }
         let secret = secret()?;
+        let addresses = [&first.spec.address, &second.spec.address];
         let ends = [
-            start(first, second, &secret)?,
-            start(second, first, &secret)?,
+            start(first, addresses, &secret)?,
+            start(second, [addresses[1], addresses[0]], &secret)?,
         ];
         for host in [first, second] {
-            swanctl(
-                host,
-                &["--load-all", "--noprompt", "--file"],
-                Some("swanctl.conf"),
-            )?;
+            load(host)?;
         }
         swanctl(
             first,
@@ -78,6 +81,17 @@ impl Tunnel {
             host.namespace.ip(&["link", "set", DEVICE, "mtu", &inner])?;
         }
         Ok(Self { ends })
+    }
+
+    /// An end at one host in another's name, which knows no secret of its peer's: what an attacker has who took the address.
+    ///
+    /// # Errors
+    ///
+    /// If strongSwan is not installed.
+    pub fn impostor(at: &Host, of: &Host, peer: &Host) -> Result<Impostor> {
+        let end = start(at, [&of.spec.address, &peer.spec.address], &secret()?)?;
+        load(at)?;
+        Ok(Impostor { _end: end })
     }
 
     /// Address of the second host within the tunnel.
@@ -96,19 +110,32 @@ fn dir_of(host: &Host) -> PathBuf {
     host.dir().join("ipsec")
 }
 
-/// The address within that belongs to one of a rig's.
-fn inside_of(host: &Host) -> Result<String> {
-    let own = host.spec.address.rsplit('.').next();
+/// The address within a tunnel that belongs to a host.
+///
+/// # Errors
+///
+/// If the host has no address.
+pub(crate) fn inside_of(host: &Host) -> Result<String> {
+    inside(&host.spec.address)
+}
+
+fn inside(address: &str) -> Result<String> {
+    let own = address.rsplit('.').next();
     Ok(format!("{INSIDE}0.{}", own.context("no address")?))
 }
 
-/// Starts a daemon and waits until it can be told something.
-fn start(host: &Host, peer: &Host, secret: &str) -> Result<End> {
+/// Tells a host's daemon what it may agree on, and its secret.
+fn load(host: &Host) -> Result<()> {
+    let words = ["--load-all", "--noprompt", "--file"];
+    swanctl(host, &words, Some("swanctl.conf"))
+}
+
+/// Starts a daemon at a host, for two addresses, and waits until it can be told something.
+fn start(host: &Host, [own, other]: [&String; 2], secret: &str) -> Result<End> {
     let dir = dir_of(host);
     let run = dir.join("run");
     fs::create_dir_all(&run)?;
-    let (own, other) = (&host.spec.address, &peer.spec.address);
-    let (inside, far) = (inside_of(host)?, inside_of(peer)?);
+    let (inside, far) = (inside(own)?, inside(other)?);
     let address = format!("{inside}/32");
     // Still there from an earlier tunnel, perhaps.
     let _ = host

@@ -7,6 +7,8 @@ use anyhow::Result;
 use crate::host::Host;
 use crate::network::{self, Switch};
 
+/// Address of the second host.
+pub const FAR: &str = "10.78.0.2";
 /// The device at each host.
 pub const DEVICE: &str = "seg0";
 
@@ -60,6 +62,6 @@ impl Segment {
 
     /// Address of the second host in it.
     pub fn far(&self) -> String {
-        "10.78.0.2".to_owned()
+        FAR.to_owned()
     }
 }

@@ -57,6 +57,7 @@ fn report(path: &str, samples: &[Sample]) {
             neighbours,
             benchmark,
             delay,
+            writes,
         } = inside.statistics();
         for (name, value) in [
             ("hardware clock", rtc),
@@ -64,6 +65,7 @@ fn report(path: &str, samples: &[Sample]) {
             ("neighbours' clocks", neighbours),
             ("benchmark", benchmark),
             ("delay", delay),
+            ("first write", writes),
         ] {
             values.entry(name).or_default().push(value);
         }

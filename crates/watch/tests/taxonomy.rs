@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use palanquin_watch::inside::{Clocks, Edge, Inside, Neighbour, Sample, Speeds};
+use palanquin_watch::inside::{Clocks, Edge, Inside, Neighbour, Sample, Speeds, Writes};
 use palanquin_watch::outside::Outside;
 use palanquin_watch::synthetic::Chance;
 use palanquin_watch::taxonomy::{Cell, Method, Place};
@@ -123,6 +123,10 @@ fn inside(method: Method, fate: Fate) -> bool {
             stolen_ms: None,
             fingerprint: Some(fingerprint),
             speeds: Some(speeds),
+            writes: Some(Writes {
+                first_ns: 3.0 * busy * noise(0.1),
+                again_ns: 3.0 * busy * noise(0.1),
+            }),
             neighbours: neighbours.into(),
         };
         for finding in inside.take(&sample).unwrap() {

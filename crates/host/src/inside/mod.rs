@@ -1,5 +1,6 @@
 //! This machine as it looks from inside, for a guest whose owner wants to notice that it was moved: its clocks, what says
-//! which processor and hypervisor it has, and how fast some short loops are compared with each other.
+//! which processor and hypervisor it has, and how fast some short loops are compared with each other, and how long first writes to
+//! pages take.
 //!
 //! Nothing here judges. What can't be read is named, with why and what to do about it.
 
@@ -7,6 +8,7 @@ mod benchmark;
 mod clocks;
 mod platform;
 mod rtc;
+mod writes;
 
 use std::io;
 use std::path::Path;
@@ -15,6 +17,7 @@ pub use benchmark::{Benchmark, Speeds};
 pub use clocks::{Clocks, Edge, read as read_clocks};
 pub use platform::{Platform, stolen_ms};
 pub use rtc::Rtc;
+pub use writes::{Pages, Writes};
 
 /// Longest file that is read here, in bytes.
 const FILE_MAX: usize = 64 << 10;

@@ -1,5 +1,5 @@
 //! Notices from inside a guest that it was moved: by its clocks, by what processor and hypervisor it has, by how fast some
-//! loops are, and by how far its neighbours are.
+//! loops are, and by how far its neighbours are; and that it is being copied, by how long first writes to memory take.
 //!
 //! As outside, nothing here does I/O: [`Sample`]s go in, [`Finding`]s come out.
 //!
@@ -7,9 +7,11 @@
 //!          ┌ clocks ──────▶ lag    ─┐
 //! Sample ──┼ fingerprint ─▶ changed? ─┼─▶ episode ─▶ Finding
 //!          ├ speeds ──────▶ shift  ─┤
+//!          ├ writes ──────▶ slow?  ─┤
 //!          └ neighbours ──▶ shift  ─┘
 //! ```
 
+mod copied;
 mod lag;
 mod sample;
 pub mod thresholds;
@@ -21,9 +23,11 @@ use serde::Serialize;
 use crate::finding::{Class, Level};
 use crate::shift::Shift;
 use crate::taxonomy::{Cell, Method, Place};
+use copied::Copying;
 use lag::{Lag, Sign};
 pub use sample::{
     Clocks, Edge, NEIGHBOURS_MAX, Neighbour, Sample, SampleError, Speeds, TEXT_MAX, VALUES_MAX,
+    Writes,
 };
 
 /// What is seen within so long belongs together, in seconds ...
@@ -90,6 +94,8 @@ pub struct Statistics {
     pub benchmark: f64,
     /// The largest of neighbours' round trips.
     pub delay: f64,
+    /// Of first writes.
+    pub writes: f64,
 }
 
 struct Episode {
@@ -113,6 +119,7 @@ struct Signs {
     benchmark: bool,
     delay: bool,
     one_delay: bool,
+    copied: bool,
 }
 
 impl Signs {
@@ -130,7 +137,10 @@ impl Signs {
             } => (Level::Alarm, Class::Migration),
             _ if has_stood && elsewhere == 2 => (Level::Confirmed, Class::Migration),
             _ if has_stood && elsewhere == 1 => (Level::Alarm, Class::Migration),
+            // A copy was made of what ran, and then it stood still: whatever it was, a copy of this machine is somewhere.
+            Self { copied: true, .. } if has_stood => (Level::Alarm, Class::Migration),
             _ if has_stood => (Level::Warn, Class::Pause),
+            Self { copied: true, .. } => (Level::Warn, Class::Migration),
             _ if elsewhere == 2 => (Level::Warn, Class::Migration),
             Self { delay: true, .. } => (Level::Warn, Class::Congestion),
             Self {
@@ -158,6 +168,7 @@ pub struct Inside {
     delays: BTreeMap<String, (Shift, f64)>,
     delayed_until_s: f64,
     slow: BTreeSet<&'static str>,
+    copying: Copying,
     episodes: u64,
     episode: Option<Episode>,
     samples: u64,
@@ -183,6 +194,7 @@ impl Inside {
             delays: BTreeMap::new(),
             delayed_until_s: f64::MIN,
             slow: BTreeSet::new(),
+            copying: Copying::default(),
             episodes: 0,
             episode: None,
             samples: 0,
@@ -233,6 +245,9 @@ impl Inside {
         if let Some(speeds) = &sample.speeds {
             self.runs(speeds, now_s);
         }
+        if let Some(writes) = &sample.writes {
+            self.writes(writes, now_s);
+        }
         self.distances(&sample.neighbours, now_s);
         findings.extend(self.tell(now_s));
         Ok(findings)
@@ -262,6 +277,7 @@ impl Inside {
             neighbours: clocks.neighbours,
             benchmark: speeds.fold(0.0, f64::max),
             delay: delays.fold(0.0, f64::max),
+            writes: self.copying.statistic(),
         }
     }
 
@@ -446,6 +462,30 @@ impl Inside {
             };
             self.add(evidence, now_s).benchmark = true;
         }
+    }
+
+    /// Whether somebody takes note of what is written.
+    fn writes(&mut self, writes: &Writes, now_s: f64) {
+        let Some(copied) = self.copying.read(writes) else {
+            return;
+        };
+        if let (false, Some(episode)) = (copied.is_new, &mut self.episode) {
+            // It goes on.
+            episode.seen_s = now_s;
+            return;
+        }
+        let times = copied.times;
+        let evidence = Evidence {
+            cell: Cell::new(Place::Internal, Method::HardwareBenchmark),
+            of: "first-write".to_owned(),
+            seen: "noted",
+            value: times,
+            unit: "times",
+            text: format!(
+                "the first write to a page takes {times:.1} times as long as the next: somebody takes note of what is written, as one does who copies memory"
+            ),
+        };
+        self.add(evidence, now_s).copied = true;
     }
 
     /// Whether most neighbours are nearer or further now: one alone may have been moved itself.

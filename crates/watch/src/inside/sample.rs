@@ -62,6 +62,16 @@ pub struct Speeds {
     pub cpuid_ns: Option<f64>,
 }
 
+/// How long a write to a page took, in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Writes {
+    /// The first one in a while.
+    pub first_ns: f64,
+    /// One right after it.
+    pub again_ns: f64,
+}
+
 /// What was seen of a neighbour since the sample before.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -88,6 +98,8 @@ pub struct Sample {
     pub fingerprint: Option<BTreeMap<String, String>>,
     /// The benchmark; nothing if it was not run.
     pub speeds: Option<Speeds>,
+    /// Writes to pages that had not been written to for some looks; nothing if there were none.
+    pub writes: Option<Writes>,
     /// Neighbours.
     pub neighbours: Vec<Neighbour>,
 }
@@ -128,6 +140,8 @@ impl Sample {
             ("a benchmark", speeds.memory_ns),
             ("a benchmark", speeds.syscall_ns),
             ("a benchmark", speeds.cpuid_ns),
+            ("a first write", self.writes.map(|of| of.first_ns)),
+            ("a second write", self.writes.map(|of| of.again_ns)),
         ];
         let rtts = self.neighbours.iter().map(|of| ("a round trip", of.rtt_ms));
         for (what, value) in durations.into_iter().chain(rtts) {

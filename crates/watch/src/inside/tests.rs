@@ -11,6 +11,8 @@ struct Guest {
     asleep_ns: i64,
     tsc: u64,
     memory: f64,
+    /// How long a first write takes.
+    first_ns: f64,
     far: f64,
     /// How far the neighbours' clocks are ahead.
     ahead_ms: f64,
@@ -30,6 +32,7 @@ impl Guest {
             asleep_ns: 0,
             tsc: 77_000_000,
             memory: 60.0,
+            first_ns: 40.0,
             far: 1.0,
             ahead_ms: 0.0,
             brand: "One",
@@ -55,6 +58,10 @@ impl Guest {
             memory_ns: Some(self.memory * noise(0.02)),
             syscall_ns: Some(120.0 * noise(0.02)),
             cpuid_ns: Some(1500.0 * noise(0.02)),
+        };
+        let writes = Writes {
+            first_ns: self.first_ns * noise(0.05),
+            again_ns: 40.0 * noise(0.05),
         };
         let alu = speeds.alu_ns.unwrap();
         let speeds = Speeds {
@@ -86,6 +93,7 @@ impl Guest {
             stolen_ms: Some(0.0),
             fingerprint: Some(fingerprint.into()),
             speeds: Some(speeds),
+            writes: Some(writes),
             neighbours: neighbours.into(),
         }
     }
@@ -330,4 +338,54 @@ fn what_cannot_have_been_read_is_refused() {
         let long = "x".repeat(TEXT_MAX + 1);
         sample.fingerprint = Some([(long, String::new())].into());
     }));
+}
+
+#[test]
+fn a_copy_is_warned_of_while_it_is_made_and_an_alarm_once_the_guest_has_stood_still() {
+    let mut guest = Guest::new();
+    guest.watch(100);
+    guest.first_ns = 600.0;
+    let found = guest.watch(4);
+    guest.first_ns = 40.0;
+    assert_eq!(last(&found), [(Level::Warn, Class::Migration)], "{found:?}");
+    assert_eq!(found[0].evidence[0].of, "first-write");
+    guest.watch(4);
+    guest.stands_still(60);
+    let found = guest.watch(40);
+    assert_eq!(
+        last(&found),
+        [(Level::Alarm, Class::Migration)],
+        "{found:?}"
+    );
+}
+
+#[test]
+fn a_copy_without_a_stop_stays_a_warning() {
+    let mut guest = Guest::new();
+    guest.watch(100);
+    guest.first_ns = 600.0;
+    let mut found = guest.watch(8);
+    guest.first_ns = 40.0;
+    found.extend(guest.watch(60));
+    assert_eq!(last(&found), [(Level::Warn, Class::Migration)], "{found:?}");
+    assert!(found.last().unwrap().ended_s.is_some());
+}
+
+#[test]
+fn impossible_writes_are_refused() {
+    let mut guest = Guest::new();
+    for ns in [f64::NAN, -1.0, f64::INFINITY, 1e16] {
+        let mut sample = guest.sample();
+        sample.writes = Some(Writes {
+            first_ns: ns,
+            again_ns: 40.0,
+        });
+        assert!(guest.inside.take(&sample).is_err(), "{ns}");
+    }
+    let mut sample = guest.sample();
+    sample.writes = Some(Writes {
+        first_ns: 5.0,
+        again_ns: 0.0,
+    });
+    assert_eq!(guest.inside.take(&sample), Ok(Vec::new()));
 }

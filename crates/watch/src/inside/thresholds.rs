@@ -25,6 +25,10 @@ pub const BENCHMARK_TIMES: f64 = 1.5;
 pub const DELAY: f64 = 80.0;
 /// Their least change, as a factor.
 pub const DELAY_TIMES: f64 = 1.5;
+/// By how many times a first write takes longer than one right after it, compared with what is usual.
+pub const FIRST_WRITE_TIMES: f64 = 2.0;
+/// By how much it takes longer at least, in nanoseconds.
+pub const FIRST_WRITE_NS: f64 = 50.0;
 /// Statistic of the time that an NTP server keeps a question. Largest while nothing happened: 63.
 pub const SERVICE: f64 = 80.0;
 /// Its least change, as a factor.

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use palanquin_api::control::ErrorKind;
 use palanquin_host::inside::{
-    self as machine, Benchmark, Platform, Rtc, Unread, read_clocks, stay_on_one_processor,
+    self as machine, Benchmark, Pages, Platform, Rtc, Unread, read_clocks, stay_on_one_processor,
 };
-use palanquin_watch::inside::{Clocks, Edge, Sample, Speeds};
+use palanquin_watch::inside::{Clocks, Edge, Sample, Speeds, Writes};
 use serde::Serialize;
 use tokio::sync::mpsc;
 
@@ -27,6 +27,7 @@ pub(super) struct Start {
     pub(super) fingerprint: BTreeMap<String, String>,
     pub(super) clocks: Clocks,
     pub(super) speeds: Speeds,
+    pub(super) writes: Option<Writes>,
     pub(super) stolen_ms: Option<u64>,
     #[serde(skip)]
     pub(super) unread: Vec<Unread>,
@@ -60,6 +61,7 @@ impl Reader {
                 let mut of = Machine {
                     rtc,
                     benchmark: Benchmark::new(),
+                    pages: Pages::new(),
                     stolen_ms: machine::stolen_ms(),
                     edge: Instant::now(),
                 };
@@ -105,6 +107,7 @@ impl Drop for Reader {
 struct Machine {
     rtc: Option<Rtc>,
     benchmark: Benchmark,
+    pages: Pages,
     stolen_ms: Option<u64>,
     /// When clocks were read last, which is right after the hardware clock went on.
     edge: Instant,
@@ -126,6 +129,7 @@ impl Machine {
             fingerprint: platform.values,
             clocks: shown(clocks),
             speeds: speeds(self.benchmark.run()),
+            writes: self.pages.write().map(writes),
             stolen_ms: self.stolen_ms,
             unread,
         }
@@ -173,6 +177,7 @@ impl Machine {
             stolen_ms: stolen,
             fingerprint: Some(Platform::read().values),
             speeds: Some(speeds(self.benchmark.run())),
+            writes: self.pages.write().map(writes),
             neighbours: Vec::new(),
         }
     }
@@ -191,6 +196,13 @@ fn shown(clocks: machine::Clocks) -> Clocks {
             at_ns: edge.at_ns,
             error_ns: edge.error_ns,
         }),
+    }
+}
+
+fn writes(writes: machine::Writes) -> Writes {
+    Writes {
+        first_ns: writes.first_ns,
+        again_ns: writes.again_ns,
     }
 }
 

@@ -35,6 +35,14 @@ pub(super) fn start(summary: &Summary<'_>) -> String {
         ("memory", speeds.memory_ns),
         ("system call", speeds.syscall_ns),
         ("CPUID", speeds.cpuid_ns),
+        (
+            "first write to a page",
+            summary.start.writes.map(|of| of.first_ns),
+        ),
+        (
+            "write right after it",
+            summary.start.writes.map(|of| of.again_ns),
+        ),
     ] {
         let value = ns.map_or("no time for it".to_owned(), |ns| format!("{ns:.2} ns"));
         row(name, &value);

@@ -112,6 +112,7 @@ fn timed(run: &mut [u8]) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::{track, uffd};
 
     #[test]
     fn every_page_is_written_to_twice_in_as_many_looks_as_there_are_parts() {
@@ -128,6 +129,33 @@ mod tests {
             let at = number % RUN * LINE % PAGE;
             assert_eq!(is[at], was[at].wrapping_add(2), "page {number}");
         }
+    }
+
+    /// How many times as long a first write takes.
+    fn times(pages: &mut Pages) -> f64 {
+        let writes = pages.write().unwrap();
+        writes.first_ns / writes.again_ns
+    }
+
+    #[test]
+    fn first_writes_take_longer_while_the_kernel_takes_note_of_them() {
+        let mut pages = Pages::new();
+        for _ in 0..PARTS {
+            let _ = times(&mut pages);
+        }
+        let begin = pages.memory.as_ptr() as u64 / PAGE as u64 * PAGE as u64;
+        let range = begin..begin + (pages.memory.len() as u64).next_multiple_of(PAGE as u64);
+        let fd = uffd::own().unwrap();
+        uffd::enable(&fd, uffd::FOLLOW_WRITES).unwrap();
+        uffd::register(&fd, &range, uffd::Mode::WriteProtect).unwrap();
+        let pagemap = std::fs::File::open("/proc/self/pagemap").unwrap();
+        track::scan(&pagemap, &range, track::Found::Protect, &mut |_| {}).unwrap();
+        let noted: Vec<f64> = (0..PARTS).map(|_| times(&mut pages)).collect();
+        let after: Vec<f64> = (0..PARTS).map(|_| times(&mut pages)).collect();
+        println!("{noted:.0?} times as long, and afterwards {after:.1?}");
+        // All parts tell of it, each once.
+        assert!(noted.iter().all(|times| *times > 3.0), "{noted:?}");
+        assert!(after.iter().any(|times| *times < 3.0), "{after:?}");
     }
 
     #[test]

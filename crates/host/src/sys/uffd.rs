@@ -78,6 +78,18 @@ struct UffdioZeropage {
 
 const _: () = assert!(size_of::<UffdioCopy>() == 40 && size_of::<UffdioZeropage>() == 32);
 
+/// One of this process.
+#[cfg(test)]
+pub(crate) fn own() -> Result<OwnedFd, Error> {
+    use std::os::fd::FromRawFd;
+    // SAFETY: the call takes one number, and gives a descriptor that nobody else has.
+    let made = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+    check("userfaultfd", made)?;
+    let made = i32::try_from(made).unwrap_or(-1);
+    // SAFETY: it was given just now.
+    Ok(unsafe { OwnedFd::from_raw_fd(made) })
+}
+
 /// Announces what we want of a userfaultfd.
 pub(crate) fn enable(uffd: &OwnedFd, features: u64) -> Result<(), Error> {
     let mut arg = UffdioApi {

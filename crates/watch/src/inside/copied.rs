@@ -42,8 +42,7 @@ impl Copying {
         let usual = at_share(self.looks.iter().copied(), LOW);
         let usual = usual.unwrap_or(1.0).max(1.0);
         self.statistic = times / usual;
-        let is_slow = self.statistic >= thresholds::FIRST_WRITE_TIMES
-            && writes.first_ns - writes.again_ns >= thresholds::FIRST_WRITE_NS;
+        let is_slow = self.statistic >= thresholds::FIRST_WRITE_TIMES && writes.are_slow();
         keep(&mut self.looks, times, USUAL);
         keep(&mut self.slow, is_slow.then_some(times), AMONG);
         let slow = self.slow.iter().copied().flatten();

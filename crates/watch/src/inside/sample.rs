@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::thresholds;
+
 /// Most neighbours.
 pub const NEIGHBOURS_MAX: usize = 64;
 /// Most values of a fingerprint.
@@ -70,6 +72,15 @@ pub struct Writes {
     pub first_ns: f64,
     /// One right after it.
     pub again_ns: f64,
+}
+
+impl Writes {
+    /// Whether the first one took so long that another look is wanted soon.
+    #[must_use]
+    pub fn are_slow(&self) -> bool {
+        self.first_ns >= thresholds::FIRST_WRITE_TIMES * self.again_ns
+            && self.first_ns - self.again_ns >= thresholds::FIRST_WRITE_NS
+    }
 }
 
 /// What was seen of a neighbour since the sample before.

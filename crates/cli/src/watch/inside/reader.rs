@@ -21,6 +21,11 @@ const PATIENCE: Duration = Duration::from_millis(1500);
 /// A sample begins so long before the hardware clock goes on to its next second.
 const EARLY: Duration = Duration::from_millis(50);
 
+/// After a slow first write it looks again so soon, ...
+const SOON: Duration = Duration::from_secs(1);
+/// ... so often. A copy may be over before the next look that is due.
+const SOON_LOOKS: u32 = 3;
+
 /// What the machine looks like at the beginning.
 #[derive(Serialize)]
 pub(super) struct Start {
@@ -64,6 +69,8 @@ impl Reader {
                     pages: Pages::new(),
                     stolen_ms: machine::stolen_ms(),
                     edge: Instant::now(),
+                    are_slow: false,
+                    soon: 0,
                 };
                 let mut start = of.start();
                 if let Err(error) = stays {
@@ -111,6 +118,10 @@ struct Machine {
     stolen_ms: Option<u64>,
     /// When clocks were read last, which is right after the hardware clock went on.
     edge: Instant,
+    /// Whether first writes were slow at the last look.
+    are_slow: bool,
+    /// Looks that are to come soon.
+    soon: u32,
 }
 
 impl Machine {
@@ -139,7 +150,7 @@ impl Machine {
     fn go_on(&mut self, every: Duration, stopped: &orders::Receiver<()>, to: &mpsc::Sender<Read>) {
         let mut due = Instant::now();
         loop {
-            due += every;
+            due += if self.soon > 0 { SOON } else { every };
             let wait = due.saturating_duration_since(Instant::now());
             if !matches!(
                 stopped.recv_timeout(wait),
@@ -148,7 +159,7 @@ impl Machine {
                 return;
             }
             let late = Instant::now().saturating_duration_since(due);
-            if late > every {
+            if late > every.max(SOON) {
                 // What was missed is not made up for.
                 due = Instant::now();
             }
@@ -161,6 +172,18 @@ impl Machine {
                 return;
             }
         }
+    }
+
+    fn writes(&mut self) -> Option<Writes> {
+        let writes = self.pages.write().map(writes);
+        let are_slow = writes.is_some_and(|writes| writes.are_slow());
+        self.soon = self.soon.saturating_sub(1);
+        if are_slow && !self.are_slow {
+            // Once for each time that it begins: a machine may be copied always.
+            self.soon = SOON_LOOKS;
+        }
+        self.are_slow = are_slow;
+        writes
     }
 
     fn sample(&mut self, late_ms: f64) -> Sample {
@@ -177,7 +200,7 @@ impl Machine {
             stolen_ms: stolen,
             fingerprint: Some(Platform::read().values),
             speeds: Some(speeds(self.benchmark.run())),
-            writes: self.pages.write().map(writes),
+            writes: self.writes(),
             neighbours: Vec::new(),
         }
     }

@@ -229,7 +229,10 @@ impl Results {
             }
             results.lines.push(parse(&text).with_context(|| {
                 let number = results.lines.len() + 1;
-                format!("line {number} of {} is no result", path.display())
+                format!(
+                    "line {number} of {} is no result, or one of another version: --fresh begins anew",
+                    path.display()
+                )
             })?);
             whole += read as u64;
         }

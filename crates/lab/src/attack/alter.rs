@@ -65,7 +65,7 @@ fn attempt(rig: &Rig, transport: Transport, strike: Strike) -> Result<(Seen, Sen
     let ready = mover.ready(rig, 1)?;
     let sent = mover.send(&ready.connect, MOVED)?;
     let stays = mover.beats_on()?.is_some();
-    Ok((man.seen(), sent, stays, ready))
+    Ok((man.seen(transport)?, sent, stays, ready))
 }
 
 fn judge(

@@ -7,6 +7,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -17,8 +18,10 @@ use rustix::net::{
 };
 
 use super::path::{HELD, KEPT_MAX, LOOK, Seen, Shared, Stolen, Strike, man, mislead, replace};
+use crate::host::Host;
 use crate::network::Namespace;
 use crate::rig::Rig;
+use crate::wait;
 
 /// IPv4 among the types of Ethernet (`ETH_P_IP`), as it stands in a packet.
 const IPV4: u32 = 0x0800_u16.to_be() as u32;
@@ -30,6 +33,9 @@ const UDP_HEADER: usize = 8;
 /// Packets that wait for him, in bytes.
 const WAITING: usize = 64 << 20;
 const PACKET_MAX: usize = 64 << 10;
+/// Packets that are sent again at once, and the time until the next.
+const AT_ONCE: usize = 32;
+const BREATH: Duration = Duration::from_millis(2);
 
 /// The man on the path of packets; everything is as before when he is dropped.
 pub(super) struct Packets<'a> {
@@ -46,8 +52,15 @@ impl<'a> Packets<'a> {
         let address = rig.hosts[to].spec.address.clone();
         let there: Ipv4Addr = address.parse()?;
         let own = man(rig)?;
-        let (seen, sends) = own.inside(move || Ok((watcher()?, sender()?)))?;
-        // He does not take the address itself: the kernel passes nothing on, and answers nothing.
+        let (seen, sends) = own.inside(move || {
+            std::fs::write("/proc/sys/net/ipv4/ip_forward", "0")?;
+            for scope in ["all", "eth0"] {
+                let path = format!("/proc/sys/net/ipv4/conf/{scope}/send_redirects");
+                std::fs::write(path, "0")?;
+            }
+            Ok((watcher()?, sender()?))
+        })?;
+        // He does not take the address itself, so that the kernel answers nothing, and it must pass nothing on.
         let stolen = mislead(&rig.hosts[from].namespace, &own, "eth0", &address)?;
         let shared = Shared::new(strike);
         let mut man = Man {
@@ -58,7 +71,10 @@ impl<'a> Packets<'a> {
             kept: VecDeque::new(),
             kept_bytes: 0,
         };
-        let thread = own.spawn(move || man.run(&seen))?;
+        let thread = own.spawn(move || {
+            man.run(&seen)
+                .inspect_err(|error| man.shared.lock().broken = Some(format!("{error:#}")))
+        })?;
         Ok(Self {
             shared,
             thread: Some(thread),
@@ -78,14 +94,20 @@ impl<'a> Packets<'a> {
         self.shared.die();
     }
 
-    /// Sends packets again, as they were.
-    pub(super) fn send_again(&self, packets: Vec<Vec<u8>>) -> Result<()> {
-        let to = SocketAddrV4::new(self.there, 0);
+    /// Sends packets again, as they were. Gives how many of them came to a program at that host: those that the kernel drops
+    /// before prove nothing.
+    pub(super) fn send_again(&self, to: &Host, packets: Vec<Vec<u8>>) -> Result<u64> {
+        let before = received(to)?;
+        let address = SocketAddrV4::new(self.there, 0);
         self.own.inside(move || {
             let sends = sender()?;
-            for packet in packets {
+            for (number, packet) in packets.into_iter().enumerate() {
+                if number % AT_ONCE == AT_ONCE - 1 {
+                    // Not faster than they are read there.
+                    wait::pause(BREATH)?;
+                }
                 loop {
-                    match sendto(&sends, &packet, SendFlags::empty(), &to) {
+                    match sendto(&sends, &packet, SendFlags::empty(), &address) {
                         Err(Errno::AGAIN | Errno::NOBUFS) => wait_for(&sends, PollFlags::OUT),
                         Err(error) => return Err(error).context("sending a packet again"),
                         Ok(_) => break,
@@ -93,8 +115,20 @@ impl<'a> Packets<'a> {
                 }
             }
             Ok(())
-        })
+        })?;
+        Ok(received(to)?.saturating_sub(before))
     }
+}
+
+/// Datagrams of UDP that programs at a host have read.
+fn received(host: &Host) -> Result<u64> {
+    host.namespace.inside(|| {
+        // Two lines, of names and of values; the second value is `InDatagrams`.
+        let text = std::fs::read_to_string("/proc/thread-self/net/snmp")?;
+        let values = text.lines().filter(|line| line.starts_with("Udp:")).nth(1);
+        let count = values.and_then(|line| line.split_whitespace().nth(1));
+        Ok(count.context("no counters of UDP")?.parse()?)
+    })
 }
 
 impl Drop for Packets<'_> {
@@ -177,8 +211,9 @@ impl Man {
             self.kept_bytes -= packet.len();
             let to = SocketAddrV4::new(self.there, 0);
             match sendto(&self.sends, &packet, SendFlags::empty(), &to) {
+                Ok(_) => {}
                 // A network loses packets too.
-                Ok(_) | Err(Errno::AGAIN | Errno::NOBUFS) => {}
+                Err(Errno::AGAIN | Errno::NOBUFS) => self.shared.lock().lost += 1,
                 Err(error) => return Err(io::Error::from(error).into()),
             }
         }
@@ -204,6 +239,9 @@ fn strike(shared: &Shared, packet: &mut [u8]) -> Fate {
         return Fate::Passes;
     };
     let mut fate = Fate::Passes;
+    // A checksum that says nothing (RFC 768): of what was sent here on one machine it was never computed, so that what is
+    // sent again would be dropped for it; and of what was altered it would tell.
+    packet[data - 2..data].fill(0);
     let count = (packet.len() - data) as u64;
     let mut seen = shared.lock();
     let before = seen.bytes;
@@ -239,9 +277,6 @@ fn strike(shared: &Shared, packet: &mut [u8]) -> Fate {
             }
         }
     }
-    // A checksum that says nothing (RFC 768): of what was sent here on one machine it was never computed, and of what was
-    // altered it would tell.
-    packet[data - 2..data].fill(0);
     fate
 }
 
@@ -276,6 +311,13 @@ mod tests {
             assert_eq!(sent[28..] != [7; 8], is_changed, "packet {number}");
         }
         assert_eq!(shared.lock().struck, 1);
+    }
+
+    #[test]
+    fn what_is_recorded_is_not_dropped_for_its_checksum_when_it_is_sent_again() {
+        let shared = Shared::new(Strike::Record);
+        assert_eq!(strike(&shared, &mut packet(&[7; 8])), Fate::Passes);
+        assert_eq!(shared.lock().recorded[0][26..28], [0, 0]);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::mover::ports;
@@ -52,6 +52,10 @@ pub(super) struct Seen {
     pub(super) struck: u64,
     /// Bytes that the source sent.
     pub(super) bytes: u64,
+    /// Packets that he could not pass on.
+    pub(super) lost: u64,
+    /// Why he passes on nothing any more.
+    pub(super) broken: Option<String>,
     /// All bytes of each connection, in the order in which they were made.
     pub(super) recorded: Vec<Vec<u8>>,
 }
@@ -170,12 +174,23 @@ impl<'a> Man<'a> {
         })
     }
 
-    /// What he has seen until now.
-    pub(super) fn seen(&self) -> Seen {
-        match self {
+    /// What he has seen until now. On the path of an isolated segment he is not; anywhere else something has come by.
+    pub(super) fn seen(&self, transport: Transport) -> Result<Seen> {
+        let seen = match self {
             Self::Connections(hijack) => hijack.seen(),
             Self::Packets(packets) => packets.seen(),
-        }
+        };
+        ensure!(
+            seen.broken.is_none(),
+            "he passed on nothing any more: {:?}",
+            seen.broken
+        );
+        ensure!(
+            (seen.bytes == 0) == (transport == Transport::Segment),
+            "{} bytes came by",
+            seen.bytes
+        );
+        Ok(seen)
     }
 
     /// Ends everything; what he kept back is gone.

@@ -58,7 +58,7 @@ fn on_qemu(transport: Transport) -> Result<Found> {
         "the guest has not moved: {sent}"
     );
     // Only now has he seen the end of it.
-    let recorded = man.seen();
+    let recorded = man.seen(transport)?;
     // The place is needed for another receiver: the first one's console moves away with it.
     let dir = rig.hosts[1].dir();
     fs::rename(dir.join("incoming"), dir.join("first"))?;
@@ -73,8 +73,12 @@ fn on_qemu(transport: Transport) -> Result<Found> {
     )?;
     let bytes = total(&recorded);
     let mut answered = 0;
+    let mut how = String::new();
     if let Man::Packets(packets) = &man {
-        packets.send_again(recorded.recorded)?;
+        let count = recorded.recorded.len();
+        let came = packets.send_again(&rig.hosts[1], recorded.recorded)?;
+        ensure!(came > 0, "none of {count} packets came");
+        how = format!(" in {count} packets, of which {came} came to IKE's daemon");
     } else {
         let receiver = receiver_at(&rig, transport)?;
         for connection in recorded.recorded {
@@ -83,7 +87,8 @@ fn on_qemu(transport: Transport) -> Result<Found> {
     }
     let old = second.beats_on()?;
     let new = first.wait_beats(2, SHORT)?.number;
-    let what = format!("{bytes} bytes of a migration were sent again to a receiver that waits");
+    let what =
+        format!("{bytes} bytes of a migration were sent again to a receiver that waits{how}");
     Ok(if let Some(old) = old {
         Found::succeeded(format!(
             "{what}: the guest runs there from its old state, beat {old}, while the one that had moved goes on, at beat {new}"

@@ -48,7 +48,7 @@ fn attempt(rig: &Rig, transport: Transport, strike: Strike) -> Result<Found> {
     let man = Man::on(rig, transport, strike)?;
     let ready = mover.ready(rig, 1)?;
     let sent = mover.send(&ready.connect, MOVED)?;
-    let seen = man.seen();
+    let seen = man.seen(transport)?;
     ensure!(
         seen.struck > 0 || seen.bytes == 0,
         "he did not strike in {} bytes: {sent}",

@@ -201,7 +201,8 @@ fn copies(console: &Console) -> Vec<f64> {
 
 fn summary(name: &str, warnings: &[Warning]) -> Result<()> {
     let warned = warnings.iter().filter(|of| of.after.is_some()).count();
-    let least = warnings.iter().map(|of| of.times).fold(f64::MAX, f64::min);
+    let told = warnings.iter().filter(|of| of.after.is_some());
+    let least = told.map(|of| of.times).fold(f64::MAX, f64::min);
     eprintln!(
         "{name}: warned of {warned} of {}, by first writes that took at least {least:.1} times as long: {warnings:.1?}",
         warnings.len()

@@ -10,6 +10,9 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use super::Unread;
+use crate::sys::map;
+
 /// Bytes between two writes. Hosts note what was written by pages of this size at least.
 const PAGE: usize = 4096;
 /// Bytes by which each write lies further within its page than the one before, so that they do not share a set of a cache.
@@ -18,7 +21,7 @@ const LINE: usize = 64;
 const RUN: usize = 64;
 /// Runs of a look.
 const RUNS: usize = 8;
-/// Looks until the same pages are written to again. As long as there are pages that were not written to since somebody began to take note, looks tell.
+/// Looks until the same pages are written to again: after somebody has begun to take note, so many looks tell of it.
 const PARTS: usize = 4;
 
 /// Nanoseconds of a write to one page.
@@ -35,6 +38,7 @@ pub struct Writes {
 pub struct Pages {
     memory: Vec<u8>,
     part: usize,
+    kept: Result<(), Unread>,
 }
 
 impl Default for Pages {
@@ -44,7 +48,7 @@ impl Default for Pages {
 }
 
 impl Pages {
-    /// Takes the memory, and writes to all of it.
+    /// Takes the memory, writes to all of it, and asks that none of it is swapped out, which would look as if it were copied.
     #[must_use]
     pub fn new() -> Self {
         let mut state = u64::from(std::process::id()) << 32
@@ -61,7 +65,22 @@ impl Pages {
             state ^= state << 17;
             word.copy_from_slice(&state.to_le_bytes());
         }
-        Self { memory, part: 0 }
+        let kept = map::keep(&memory).map_err(|error| Unread {
+            what: "memory that stays",
+            why: format!("mlock: {error}"),
+            hint: "what is swapped out may be taken for what is copied; allow 9 MiB (`ulimit -l`)",
+        });
+        Self {
+            memory,
+            part: 0,
+            kept,
+        }
+    }
+
+    /// Why the memory may be swapped out, if so.
+    #[must_use]
+    pub fn unread(&self) -> Option<&Unread> {
+        self.kept.as_ref().err()
     }
 
     /// Writes to the next quarter of the pages; nothing if the clock is too coarse. It takes less than a millisecond on a

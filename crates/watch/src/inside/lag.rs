@@ -30,7 +30,12 @@ const HELD_MIN_MS: f64 = 1000.0;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Sign {
     /// The hardware clock is ahead by so much more than it was: the guest stood still, or its host's clock was set.
-    Ahead { ms: f64, statistic: f64 },
+    /// It was last seen not to be so at `after_us`.
+    Ahead {
+        ms: f64,
+        statistic: f64,
+        after_us: u64,
+    },
     /// It is behind: its host's clock was set, or another one's is different.
     Behind { ms: f64, statistic: f64 },
     /// The guest has set its hardware clock by the time of day.
@@ -38,7 +43,12 @@ pub(crate) enum Sign {
     /// The processor's counter has jumped against the kernel's clock, or has another frequency.
     Counter { ms: f64, statistic: f64 },
     /// So many neighbours agree, out of those whose clocks are read, that they are ahead by so much more.
-    Neighbours { ms: f64, agree: u32, of: u32 },
+    Neighbours {
+        ms: f64,
+        agree: u32,
+        of: u32,
+        after_us: u64,
+    },
     /// The time of day was set.
     DaySet { ms: f64 },
     /// The guest has suspended itself.
@@ -55,6 +65,15 @@ pub(crate) struct Statistics {
     pub(crate) rtc: f64,
     pub(crate) tsc: f64,
     pub(crate) neighbours: f64,
+}
+
+/// A jump of a neighbour's clock.
+struct Jump {
+    /// When it was told.
+    at_us: u64,
+    ms: f64,
+    /// When it was last seen not to have happened.
+    after_us: u64,
 }
 
 /// A clock, and which of its jumps was told.
@@ -144,7 +163,7 @@ pub(crate) struct Lag {
     counter: Counter,
     neighbours: BTreeMap<String, Compared>,
     /// Jumps of neighbours' clocks that may still be joined by others: when, who, by how much.
-    jumped: Vec<(u64, String, f64)>,
+    jumped: Vec<Jump>,
     neighbours_told_us: u64,
 }
 
@@ -195,7 +214,12 @@ impl Lag {
         let offset_ms = edge.rtc_s as f64 * 1e3 - edge.at_ns as f64 / 1e6;
         let least_ms = thresholds::RTC_MS.max(3.0 * edge.error_ns as f64 / 1e6);
         let step = self.rtc.read(at_us, offset_ms, thresholds::RTC, least_ms)?;
-        let Step { ms, statistic, .. } = step;
+        let Step {
+            ms,
+            statistic,
+            after_us,
+            ..
+        } = step;
         // What the time of day was when the hardware clock showed that.
         let behind_ns = clocks.raw_ns.saturating_sub(edge.at_ns);
         let day_ms = clocks.realtime_ns.saturating_sub(behind_ns) as f64 / 1e6;
@@ -205,7 +229,11 @@ impl Lag {
         let agrees = apart_ms.abs() < 0.2 * ms.abs() && was_apart_ms.abs() > 0.8 * ms.abs();
         Some(match ms {
             _ if agrees => Sign::RtcSet { ms },
-            _ if ms > 0.0 => Sign::Ahead { ms, statistic },
+            _ if ms > 0.0 => Sign::Ahead {
+                ms,
+                statistic,
+                after_us,
+            },
             _ => Sign::Behind { ms, statistic },
         })
     }
@@ -225,12 +253,17 @@ impl Lag {
                 .or_insert_with(|| Compared::new(NEIGHBOUR_ERROR_MS));
             let least_ms = thresholds::NEIGHBOUR_MS;
             if let Some(step) = compared.read(at_us, ms, thresholds::NEIGHBOUR, least_ms) {
-                self.jumped.push((at_us, neighbour.name.clone(), step.ms));
+                let Step { ms, after_us, .. } = step;
+                self.jumped.push(Jump {
+                    at_us,
+                    ms,
+                    after_us,
+                });
                 is_news = true;
             }
         }
         let since_us = at_us.saturating_sub(thresholds::TOGETHER_US);
-        self.jumped.retain(|(at_us, ..)| *at_us >= since_us);
+        self.jumped.retain(|jump| jump.at_us >= since_us);
         if !is_news || self.neighbours_told_us > since_us {
             return None;
         }
@@ -239,9 +272,9 @@ impl Lag {
         let (agree, ms) = self
             .jumped
             .iter()
-            .map(|(_, _, ms)| {
+            .map(|Jump { ms, .. }| {
                 let is_like = |other: f64| (other - ms).abs() <= 5.0 + 0.2 * ms.abs();
-                let like = self.jumped.iter().filter(|(.., other)| is_like(*other));
+                let like = self.jumped.iter().filter(|other| is_like(other.ms));
                 (like.count(), *ms)
             })
             .max_by_key(|(agree, _)| *agree)?;
@@ -250,7 +283,13 @@ impl Lag {
         }
         self.neighbours_told_us = at_us;
         let (agree, of) = (u32::try_from(agree).ok()?, u32::try_from(of).ok()?);
-        Some(Sign::Neighbours { ms, agree, of })
+        let after_us = self.jumped.iter().map(|jump| jump.after_us).min();
+        Some(Sign::Neighbours {
+            ms,
+            agree,
+            of,
+            after_us: after_us.unwrap_or(0),
+        })
     }
 }
 

@@ -36,6 +36,10 @@ const TOGETHER_S: f64 = 120.0;
 const TOGETHER_SAMPLES: f64 = 24.0;
 /// Values that may have another content without another machine: the kernel chooses its clock source by itself.
 const SOFT: [&str; 2] = ["clocksource", "clocksources"];
+/// How much of the time that belongs together is kept at each sample if they come faster for a while.
+const KEPT: f64 = 0.95;
+/// A copy that was seen so long before a stop may have ended with it, in microseconds.
+const COPIED_US: u64 = 120_000_000;
 /// Samples are at most so far apart, in seconds.
 const EVERY_MAX_S: f64 = 3600.0;
 /// Most pieces of evidence of an episode.
@@ -104,6 +108,8 @@ struct Episode {
     seen_s: f64,
     evidence: Vec<Evidence>,
     signs: Signs,
+    /// Pieces of evidence, also those that there was no room for.
+    pieces: usize,
     told: Option<(Level, Class, usize)>,
 }
 
@@ -119,10 +125,24 @@ struct Signs {
     benchmark: bool,
     delay: bool,
     one_delay: bool,
-    copied: bool,
+    /// When memory was first and last seen to be copied.
+    copied_us: Option<(u64, u64)>,
+    /// When the guest was last known not to have stood still yet.
+    stood_after_us: Option<u64>,
+    copied_then_stood: bool,
 }
 
 impl Signs {
+    /// Who copies first and stops then moves, or takes a last copy; a snapshot may stop first and copy then.
+    fn compare(&mut self) {
+        let (Some((first_us, last_us)), Some(stood_us)) = (self.copied_us, self.stood_after_us)
+        else {
+            return;
+        };
+        self.copied_then_stood |=
+            (first_us..=last_us.saturating_add(COPIED_US)).contains(&stood_us);
+    }
+
     /// What that comes to. A lag says only that the guest stood still; that it goes on elsewhere takes another sign.
     fn judged(&self) -> (Level, Class) {
         let has_stood = self.stood_still_ms.is_some();
@@ -138,9 +158,14 @@ impl Signs {
             _ if has_stood && elsewhere == 2 => (Level::Confirmed, Class::Migration),
             _ if has_stood && elsewhere == 1 => (Level::Alarm, Class::Migration),
             // A copy was made of what ran, and then it stood still: whatever it was, a copy of this machine is somewhere.
-            Self { copied: true, .. } if has_stood => (Level::Alarm, Class::Migration),
+            Self {
+                copied_then_stood: true,
+                ..
+            } => (Level::Alarm, Class::Migration),
+            Self {
+                copied_us: Some(_), ..
+            } => (Level::Warn, Class::Migration),
             _ if has_stood => (Level::Warn, Class::Pause),
-            Self { copied: true, .. } => (Level::Warn, Class::Migration),
             _ if elsewhere == 2 => (Level::Warn, Class::Migration),
             Self { delay: true, .. } => (Level::Warn, Class::Congestion),
             Self {
@@ -220,7 +245,8 @@ impl Inside {
         }
         if self.samples > 0 {
             let every_s = raw_ns.saturating_sub(self.raw_ns) as f64 / 1e9;
-            self.together_s = TOGETHER_S.max(TOGETHER_SAMPLES * every_s.min(EVERY_MAX_S));
+            let now_s = TOGETHER_SAMPLES * every_s.min(EVERY_MAX_S);
+            self.together_s = now_s.max(KEPT * self.together_s).max(TOGETHER_S);
         }
         self.raw_ns = raw_ns;
         self.samples += 1;
@@ -246,7 +272,7 @@ impl Inside {
             self.runs(speeds, now_s);
         }
         if let Some(writes) = &sample.writes {
-            self.writes(writes, now_s);
+            self.writes(writes, at_us, now_s);
         }
         self.distances(&sample.neighbours, now_s);
         findings.extend(self.tell(now_s));
@@ -333,7 +359,7 @@ impl Inside {
                     "the clock of the only neighbour is ahead by {ms:.0} ms more: it was set, or this machine stood still"
                 ),
             ),
-            Sign::Neighbours { ms, agree, of } => lag(
+            Sign::Neighbours { ms, agree, of, .. } => lag(
                 "neighbours",
                 "stood-still",
                 ms,
@@ -373,10 +399,18 @@ impl Inside {
         };
         let signs = self.add(evidence, now_s);
         match sign {
-            Sign::Ahead { ms, .. } => signs.stood_still_ms = Some(ms),
+            Sign::Ahead { ms, after_us, .. } => {
+                signs.stood_still_ms = Some(ms);
+                signs.stood_after_us = Some(after_us);
+                signs.compare();
+            }
             // The hardware clock is read more exactly.
-            Sign::Neighbours { ms, of, .. } if of >= 2 => {
+            Sign::Neighbours {
+                ms, of, after_us, ..
+            } if of >= 2 => {
                 signs.stood_still_ms.get_or_insert(ms);
+                signs.stood_after_us.get_or_insert(after_us);
+                signs.compare();
             }
             Sign::Counter { .. } => signs.counter = true,
             Sign::Suspended { .. } => signs.suspended = true,
@@ -465,13 +499,17 @@ impl Inside {
     }
 
     /// Whether somebody takes note of what is written.
-    fn writes(&mut self, writes: &Writes, now_s: f64) {
-        let Some(copied) = self.copying.read(writes) else {
+    fn writes(&mut self, writes: &Writes, at_us: u64, now_s: f64) {
+        let Some(copied) = self.copying.read(writes, at_us) else {
             return;
         };
         if let (false, Some(episode)) = (copied.is_new, &mut self.episode) {
             // It goes on.
             episode.seen_s = now_s;
+            if let Some((_, last_us)) = &mut episode.signs.copied_us {
+                *last_us = at_us;
+            }
+            episode.signs.compare();
             return;
         }
         let times = copied.times;
@@ -482,10 +520,13 @@ impl Inside {
             value: times,
             unit: "times",
             text: format!(
-                "the first write to a page takes {times:.1} times as long as the next: somebody takes note of what is written, as one does who copies memory"
+                "the first write to a page takes {times:.1} times as long as the next: somebody takes note of what is written, as one does who copies memory, or the host swaps"
             ),
         };
-        self.add(evidence, now_s).copied = true;
+        let signs = self.add(evidence, now_s);
+        let (first_us, _) = signs.copied_us.unwrap_or((copied.since_us, at_us));
+        signs.copied_us = Some((first_us, at_us));
+        signs.compare();
     }
 
     /// Whether most neighbours are nearer or further now: one alone may have been moved itself.
@@ -540,21 +581,25 @@ impl Inside {
             onset_s: now_s,
             seen_s: now_s,
             evidence: Vec::new(),
+            pieces: 0,
             signs: Signs::default(),
             told: None,
         });
         self.episodes = episode.number;
         episode.seen_s = now_s;
-        if episode.evidence.len() < EVIDENCE_MAX {
-            episode.evidence.push(evidence);
+        if episode.evidence.len() == EVIDENCE_MAX {
+            // What it began with, and what is new, say most.
+            episode.evidence.remove(EVIDENCE_MAX / 2);
         }
+        episode.evidence.push(evidence);
+        episode.pieces += 1;
         &mut episode.signs
     }
 
     fn tell(&mut self, now_s: f64) -> Option<Finding> {
         let episode = self.episode.as_mut()?;
         let (level, class) = episode.signs.judged();
-        let known = (level, class, episode.evidence.len());
+        let known = (level, class, episode.pieces);
         if episode.told == Some(known) {
             return None;
         }

@@ -389,3 +389,34 @@ fn impossible_writes_are_refused() {
     });
     assert_eq!(guest.inside.take(&sample), Ok(Vec::new()));
 }
+
+#[test]
+fn a_stop_before_a_copy_is_no_migration_that_is_over() {
+    let mut guest = Guest::new();
+    guest.watch(100);
+    guest.stands_still(60);
+    guest.first_ns = 600.0;
+    let mut found = guest.watch(4);
+    guest.first_ns = 40.0;
+    found.extend(guest.watch(40));
+    assert_eq!(last(&found), [(Level::Warn, Class::Migration)], "{found:?}");
+    assert!(found.last().unwrap().stood_still_ms.is_some());
+}
+
+#[test]
+fn every_copy_of_many_is_told() {
+    let mut guest = Guest::new();
+    guest.watch(100);
+    for _ in 0..40 {
+        guest.first_ns = 600.0;
+        let found = guest.watch(2);
+        assert!(!found.is_empty());
+        assert!(
+            found
+                .iter()
+                .all(|finding| finding.evidence.len() <= EVIDENCE_MAX)
+        );
+        guest.first_ns = 40.0;
+        guest.watch(6);
+    }
+}

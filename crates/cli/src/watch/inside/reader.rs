@@ -128,6 +128,7 @@ impl Machine {
     fn start(&mut self) -> Start {
         let platform = Platform::read();
         let mut unread = platform.unread;
+        unread.extend(self.pages.unread().cloned());
         let clocks = read_clocks(self.rtc.as_mut(), PATIENCE);
         if self.rtc.is_some() && clocks.rtc.is_none() {
             unread.push(Unread {
@@ -150,7 +151,8 @@ impl Machine {
     fn go_on(&mut self, every: Duration, stopped: &orders::Receiver<()>, to: &mpsc::Sender<Read>) {
         let mut due = Instant::now();
         loop {
-            due += if self.soon > 0 { SOON } else { every };
+            let step = if self.soon > 0 { SOON } else { every };
+            due += step;
             let wait = due.saturating_duration_since(Instant::now());
             if !matches!(
                 stopped.recv_timeout(wait),
@@ -159,7 +161,7 @@ impl Machine {
                 return;
             }
             let late = Instant::now().saturating_duration_since(due);
-            if late > every.max(SOON) {
+            if late > step {
                 // What was missed is not made up for.
                 due = Instant::now();
             }

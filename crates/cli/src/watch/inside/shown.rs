@@ -35,18 +35,15 @@ pub(super) fn start(summary: &Summary<'_>) -> String {
         ("memory", speeds.memory_ns),
         ("system call", speeds.syscall_ns),
         ("CPUID", speeds.cpuid_ns),
-        (
-            "first write to a page",
-            summary.start.writes.map(|of| of.first_ns),
-        ),
-        (
-            "write right after it",
-            summary.start.writes.map(|of| of.again_ns),
-        ),
     ] {
         let value = ns.map_or("no time for it".to_owned(), |ns| format!("{ns:.2} ns"));
         row(name, &value);
     }
+    let value = summary.start.writes.map_or_else(
+        || "the clock is too coarse".to_owned(),
+        |of| format!("{:.2} ns, the next one {:.2} ns", of.first_ns, of.again_ns),
+    );
+    row("first write to a page", &value);
     for unread in &summary.unread {
         let _ = writeln!(text, "not read: {}: {}", unread.what, line(&unread.why));
         let _ = writeln!(text, "  hint: {}", unread.hint);

@@ -9,14 +9,15 @@ use palanquin_trials::report::{Report, report};
 use palanquin_watch::{Calibration, Class};
 
 /// Least share of held-out migrations that are alarms.
-const RECALL: f64 = 0.94;
+const RECALL: f64 = 0.97;
 /// Fewest held-out migrations that are alarms if nobody hears announcements, and that are at least warnings.
-const DEAF_ALARMS: usize = 7;
-const DEAF_TOLD: usize = 14;
-/// Fewest held-out pauses, of six, that are named so.
-const PAUSES: usize = 5;
-/// Most alarms where nothing was moved, of held-out sessions.
+const DEAF_ALARMS: usize = 11;
+const DEAF_TOLD: usize = 25;
+/// Fewest held-out pauses, of ten, that are named so.
+const PAUSES: usize = 6;
+/// Most alarms where nothing was moved, of held-out sessions, and if nobody hears announcements.
 const FALSE_ALARMS: usize = 1;
+const DEAF_FALSE_ALARMS: usize = 2;
 
 fn corpus() -> Vec<Session> {
     read_all(&Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus")).unwrap()
@@ -64,7 +65,7 @@ fn without_an_ear_as_many_migrations_are_noticed_as_documented() {
     assert!(report.told >= DEAF_TOLD, "{:#?}", report.missed);
     assert!(recall.alarms > report.old_alarms);
     assert!(
-        recall.false_alarms <= FALSE_ALARMS,
+        recall.false_alarms <= DEAF_FALSE_ALARMS,
         "{} alarms: {:?}",
         recall.false_alarms,
         report.false_by

@@ -10,9 +10,17 @@ const TRIES: u32 = 4;
 
 /// Whoever wins where nothing defends knows how to attack.
 fn wins_only_where_nothing_defends(name: &str, against_palanquin: Verdict) -> Result<()> {
+    ends_in(
+        name,
+        &[("qemu", Verdict::Succeeded), (PALANQUIN, against_palanquin)],
+    )
+}
+
+/// What an attack comes to on some transports.
+fn ends_in(name: &str, expected: &[(&str, Verdict)]) -> Result<()> {
     let attack = ATTACKS.iter().find(|attack| attack.name == name);
     let attack = attack.context("no such attack")?;
-    for (transport, verdict) in [("qemu", Verdict::Succeeded), (PALANQUIN, against_palanquin)] {
+    for &(transport, verdict) in expected {
         let way = WAYS.iter().find(|way| way.name == transport);
         let way = way.context("no such transport")?;
         // QEMU's own migration loses an emulated guest now and then, and with it what the attacker wanted.
@@ -54,4 +62,9 @@ fn nothing_of_the_vm_stays_in_the_memory_of_what_moved_it() -> Result<()> {
 #[test]
 fn memory_that_holds_something_already_is_refused() -> Result<()> {
     wins_only_where_nothing_defends("dirty-destination", Verdict::FailedDetected)
+}
+
+#[test]
+fn packets_of_a_tunnel_that_are_sent_again_start_nothing() -> Result<()> {
+    ends_in("replay", &[("qemu-ipsec", Verdict::FailedUnnoticed)])
 }

@@ -181,7 +181,7 @@ fn costs(document: &mut Document, legs: &[&Leg], mtu: u32) {
     let reasons: BTreeSet<String> = legs
         .iter()
         .filter_map(|leg| Some(format!("{}: {}", leg.transport, leg.reason.as_deref()?)))
-        .map(|reason| reason.split(" [").next().unwrap_or_default().to_owned())
+        .map(|reason| without_uptime(&reason))
         .collect();
     if !reasons.is_empty() {
         document.paragraph(
@@ -332,6 +332,16 @@ fn beside(document: &mut Document, legs: &[&Leg], mtu: u32) {
     );
 }
 
+/// A line of a kernel without its `[    6.617987]`, by which each would be another.
+fn without_uptime(line: &str) -> String {
+    let uptime = line.split_once('[').and_then(|(before, rest)| {
+        let (uptime, after) = rest.split_once("] ")?;
+        uptime.trim().parse::<f64>().ok()?;
+        Some(format!("{before}{after}"))
+    });
+    uptime.unwrap_or_else(|| line.to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -357,6 +367,18 @@ mod tests {
             bytes: 1 << 20,
             packets: 1000,
             missed_packets: 0,
+        }
+    }
+
+    #[test]
+    fn a_kernel_that_panics_later_is_the_same_reason() {
+        let line = "the guest died: [    6.617987] Kernel panic - not syncing";
+        assert_eq!(
+            without_uptime(line),
+            "the guest died: Kernel panic - not syncing"
+        );
+        for line in ["not within 30s", "[a] b", "[", "] [1.0]"] {
+            assert_eq!(without_uptime(line), line);
         }
     }
 

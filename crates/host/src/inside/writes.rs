@@ -11,7 +11,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use super::Unread;
-use crate::sys::map;
+use crate::sys::mlock;
 
 /// Bytes between two writes. Hosts note what was written by pages of this size at least.
 const PAGE: usize = 4096;
@@ -65,7 +65,7 @@ impl Pages {
             state ^= state << 17;
             word.copy_from_slice(&state.to_le_bytes());
         }
-        let kept = map::keep(&memory).map_err(|error| Unread {
+        let kept = mlock::lock(&memory).map_err(|error| Unread {
             what: "memory that stays",
             why: format!("mlock: {error}"),
             hint: "what is swapped out may be taken for what is copied; allow 9 MiB (`ulimit -l`)",

@@ -6,6 +6,7 @@ use crate::Error;
 
 pub(crate) mod inject;
 pub(crate) mod map;
+pub(crate) mod mlock;
 pub(crate) mod session;
 pub(crate) mod socket;
 pub(crate) mod track;

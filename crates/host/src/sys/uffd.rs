@@ -82,8 +82,10 @@ const _: () = assert!(size_of::<UffdioCopy>() == 40 && size_of::<UffdioZeropage>
 #[cfg(test)]
 pub(crate) fn own() -> Result<OwnedFd, Error> {
     use std::os::fd::FromRawFd;
+    // What everybody may have, see userfaultfd(2).
+    const USER_MODE_ONLY: libc::c_int = 1;
     // SAFETY: the call takes one number, and gives a descriptor that nobody else has.
-    let made = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+    let made = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | USER_MODE_ONLY) };
     check("userfaultfd", made)?;
     let made = i32::try_from(made).unwrap_or(-1);
     // SAFETY: it was given just now.

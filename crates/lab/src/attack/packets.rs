@@ -63,7 +63,7 @@ impl<'a> Packets<'a> {
         // He does not take the address itself, so that the kernel answers nothing, and it must pass nothing on.
         let stolen = mislead(&rig.hosts[from].namespace, &own, "eth0", &address)?;
         let shared = Shared::new(strike);
-        let mut man = Man {
+        let mut relay = Relay {
             shared: Arc::clone(&shared),
             there,
             sends,
@@ -72,8 +72,9 @@ impl<'a> Packets<'a> {
             kept_bytes: 0,
         };
         let thread = own.spawn(move || {
-            man.run(&seen)
-                .inspect_err(|error| man.shared.lock().broken = Some(format!("{error:#}")))
+            relay
+                .run(&seen)
+                .inspect_err(|error| relay.shared.lock().broken = Some(format!("{error:#}")))
         })?;
         Ok(Self {
             shared,
@@ -166,7 +167,8 @@ fn wait_for(socket: &OwnedFd, what: PollFlags) {
     let _ = poll(&mut wanted, Timespec::try_from(LOOK).ok().as_ref());
 }
 
-struct Man {
+/// Passes packets on.
+struct Relay {
     shared: Arc<Shared>,
     there: Ipv4Addr,
     sends: OwnedFd,
@@ -177,7 +179,7 @@ struct Man {
     kept_bytes: usize,
 }
 
-impl Man {
+impl Relay {
     fn run(&mut self, seen: &OwnedFd) -> Result<()> {
         let mut buffer = vec![0; PACKET_MAX];
         while !self.shared.is_dead() {
@@ -211,9 +213,8 @@ impl Man {
             self.kept_bytes -= packet.len();
             let to = SocketAddrV4::new(self.there, 0);
             match sendto(&self.sends, &packet, SendFlags::empty(), &to) {
-                Ok(_) => {}
                 // A network loses packets too.
-                Err(Errno::AGAIN | Errno::NOBUFS) => self.shared.lock().lost += 1,
+                Ok(_) | Err(Errno::AGAIN | Errno::NOBUFS) => {}
                 Err(error) => return Err(io::Error::from(error).into()),
             }
         }

@@ -52,8 +52,6 @@ pub(super) struct Seen {
     pub(super) struck: u64,
     /// Bytes that the source sent.
     pub(super) bytes: u64,
-    /// Packets that he could not pass on.
-    pub(super) lost: u64,
     /// Why he passes on nothing any more.
     pub(super) broken: Option<String>,
     /// All bytes of each connection, in the order in which they were made.

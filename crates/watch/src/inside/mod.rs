@@ -125,7 +125,7 @@ struct Signs {
     benchmark: bool,
     delay: bool,
     one_delay: bool,
-    /// When memory was first and last seen to be copied.
+    /// When memory was first and last seen to be copied, the last time that it was.
     copied_us: Option<(u64, u64)>,
     /// When the guest was last known not to have stood still yet.
     stood_after_us: Option<u64>,
@@ -503,12 +503,12 @@ impl Inside {
         let Some(copied) = self.copying.read(writes, at_us) else {
             return;
         };
-        if let (false, Some(episode)) = (copied.is_new, &mut self.episode) {
+        if let (false, Some(episode)) = (copied.is_new, &mut self.episode)
+            && let Some((_, last_us)) = &mut episode.signs.copied_us
+        {
             // It goes on.
+            *last_us = at_us;
             episode.seen_s = now_s;
-            if let Some((_, last_us)) = &mut episode.signs.copied_us {
-                *last_us = at_us;
-            }
             episode.signs.compare();
             return;
         }
@@ -524,8 +524,8 @@ impl Inside {
             ),
         };
         let signs = self.add(evidence, now_s);
-        let (first_us, _) = signs.copied_us.unwrap_or((copied.since_us, at_us));
-        signs.copied_us = Some((first_us, at_us));
+        // An earlier one was compared with what had happened until now.
+        signs.copied_us = Some((copied.since_us, at_us));
         signs.compare();
     }
 

@@ -420,3 +420,29 @@ fn every_copy_of_many_is_told() {
         guest.watch(6);
     }
 }
+
+#[test]
+fn a_stop_long_after_one_copy_and_before_another_is_of_neither() {
+    let mut guest = Guest::new();
+    guest.watch(100);
+    let mut found = Vec::new();
+    let mut copy = |guest: &mut Guest| {
+        guest.first_ns = 600.0;
+        found.extend(guest.watch(3));
+        guest.first_ns = 40.0;
+    };
+    copy(&mut guest);
+    // So that all of it is one episode.
+    let set = |guest: &mut Guest| {
+        guest.day_ns += 10_000_000_000;
+        guest.watch(20);
+    };
+    set(&mut guest);
+    set(&mut guest);
+    guest.stands_still(60);
+    guest.watch(4);
+    copy(&mut guest);
+    let found = guest.watch(1);
+    assert!(found.is_empty() || found.iter().all(|finding| finding.level == Level::Warn));
+    assert_eq!(guest.inside.finish().unwrap().level, Level::Warn);
+}
